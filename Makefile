@@ -1,0 +1,76 @@
+# make help lists the targets. PYTHON=python3 uses an environment that exists, as it is,
+# instead of creating .venv.
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/.installed
+endif
+
+NB ?= notebooks/*.ipynb book/hardware.ipynb
+NOTEBOOKS := notebooks book/hardware.ipynb
+# Strict: every cell without the tag nbval-ignore-output is compared.
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=900
+# One notebook stays on one worker, in order: loadfile hands out whole files.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help book test gpu lab execute wheelhouse clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+book: $(READY) ## render the book into _build/html; no warning survives
+	@$(PYTHON) -c 'from jupyter_book.cli.main import main; main()' \
+		build . --all -W -n --keep-going -q
+	@echo "The book is built. Open _build/html/index.html"
+
+test: $(READY) ## lint, build the book, run every test and every notebook
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	@$(MAKE) --no-print-directory book
+	$(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) -n $(WORKERS) --dist loadfile
+
+gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
+	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) \
+		--ignore=tests/test_html.py
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	$(PYTHON) -m jupyterlab --notebook-dir=notebooks
+
+execute: $(READY) ## re-run notebooks in place (NB=notebooks/04_*.ipynb for one)
+	$(PYTHON) tools/execute.py $(NB)
+
+# pip matches a platform tag exactly, so every tag in use is named.
+TAGS := 2_34 2_31 2_28 2_27 2_26 2_24 2_17 2_12 2_5
+wheelhouse: $(READY) ## collect the wheels a GPU host without internet needs
+	$(PYTHON) -m pip download -q --dest wheelhouse --requirement requirements-wheelhouse.txt \
+		--no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(TAGS:%=--platform manylinux_%_x86_64) --platform manylinux2014_x86_64 \
+		--platform manylinux2010_x86_64 --platform manylinux1_x86_64
+	@echo "Copy wheelhouse/ to the GPU host; book/how-to-run.md says what to do there."
+
+clean: ## remove what was built (keeps .venv)
+	rm -rf _build wheelhouse .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The stamp is younger than requirements.txt once everything is installed.
+OK := 'import sys; sys.exit(sys.version_info < (3, 11))'
+.venv/.installed: requirements.txt
+	@if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
+		for python in python3 python3.13 python3.12 python3.11; do \
+			$$python -c $(OK) 2>/dev/null && break; python=; \
+		done; \
+		[ -n "$$python" ] || { \
+			echo "error: Python 3.11 or newer is needed, and none was found." >&2; \
+			echo "       Install one, or name one: make PYTHON=/path/to/python ..." >&2; \
+			exit 1; }; \
+		echo "Creating .venv with $$($$python --version) ..."; \
+		$$python -m venv --clear .venv || { \
+			echo "error: could not create .venv (Debian, Ubuntu: apt install python3-venv)" >&2; \
+			exit 1; }; \
+	fi
+	@echo "Installing requirements.txt into .venv (minutes, the first time) ..."
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@

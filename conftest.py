@@ -1,0 +1,30 @@
+"""Shared by every test and by nbval: what runs where no GPU is seen, and what fails."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_sessionstart(session):
+    """`make gpu` must fail, rather than skip, where no GPU is seen."""
+    if os.environ.get("RCM_REQUIRE_GPU") == "1" and not torch.cuda.is_available():
+        pytest.exit("RCM_REQUIRE_GPU=1, but torch sees no CUDA device", returncode=3)
+
+
+def pytest_collection_modifyitems(items):
+    """Without a GPU, skip tests marked `gpu` and notebook cells tagged `gpu`."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        cell = getattr(item, "cell", None)  # an nbval item holds its notebook cell
+        tags = cell.metadata.get("tags", []) if cell is not None else []
+        if "gpu" in tags or item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where a test puts its tensors: "cuda" if there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

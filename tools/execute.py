@@ -1,0 +1,64 @@
+"""Re-run notebooks in place and store their outputs: tools/execute.py NOTEBOOK ...
+
+Cells tagged `gpu` keep their stored outputs on a machine without a GPU. What changes
+from run to run (timings, counters, kernel versions) is normalised, so that a diff shows
+only what changed for the reader.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+KEEP = {"tags", "mystnb"}  # the cell metadata that means something to the book
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+CELL_TIMEOUT_S = 1800
+
+
+def execute(path: Path) -> None:
+    """Run one notebook from its own folder, normalise it and write it back."""
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT_S,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    with client.setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            tags = cell.metadata.get("tags", [])
+            if cell.cell_type == "code" and ("gpu" not in tags or HAS_GPU):
+                client.execute_cell(cell, index)
+    for count, cell in enumerate(code, start=1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    for cell in notebook.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k in KEEP}
+    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    nbformat.write(nbformat.from_dict(notebook), path)
+
+
+HAS_GPU = torch.cuda.is_available()
+
+if __name__ == "__main__":
+    # The kernel must draw inline, whatever this shell has set.
+    os.environ.pop("MPLBACKEND", None)
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
+    for name in sys.argv[1:]:
+        start = time.perf_counter()
+        try:
+            execute(Path(name))
+        except CellExecutionError as error:  # its text holds the cell and the traceback
+            sys.exit(f"{name}: a cell raised; the file is unchanged\n\n{error}")
+        print(f"{name}: executed in {time.perf_counter() - start:.1f} s", flush=True)
