@@ -1,0 +1,27 @@
+"""rcmlib: the rCM skip connection, fused into attention kernels, and measured.
+
+    f(x, t) = c_skip(t)·x + c_out(t)·Attention(x)
+
+The package behind the book *Fusing rCM skip connections into SageAttention 2++ kernels*.
+"""
+
+from rcmlib.ops import set_interpreter_default
+
+set_interpreter_default()  # before anything imports Triton
+
+from rcmlib import reference  # noqa: E402
+from rcmlib.coefficients import Coefficients, edm, rectified_flow, trigflow  # noqa: E402
+from rcmlib.functional import rcm_attention, rcm_skip  # noqa: E402
+from rcmlib.modules import BaselineRCMAttention, FusedRCMAttention  # noqa: E402
+
+__all__ = [
+    "BaselineRCMAttention",
+    "Coefficients",
+    "FusedRCMAttention",
+    "edm",
+    "rcm_attention",
+    "rcm_skip",
+    "rectified_flow",
+    "reference",
+    "trigflow",
+]

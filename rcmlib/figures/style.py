@@ -1,0 +1,51 @@
+"""One palette and one look for every figure of the book.
+
+The same colour means the same tensor or implementation everywhere. The hues are Okabe & Ito's,
+told apart by colour-blind readers; backgrounds are opaque white, so figures read in dark mode.
+"""
+
+import matplotlib.pyplot as plt
+
+PALETTE = {
+    "qkv": "#56B4E9",  # tensors
+    "x": "#009E73",
+    "f": "#D55E00",
+    "out": "#0072B2",
+    "baseline": "#E69F00",  # implementations: flash SDPA + eager skip
+    "compiled": "#B8860B",  # flash SDPA + compiled skip
+    "cudnn": "#7F7F7F",
+    "triton": "#CC79A7",  # the attention kernel without the skip
+    "fused": "#0072B2",
+    "reference": "#000000",
+    "neutral": "#9AA0A6",
+}
+
+RC = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 2.0,
+    "legend.frameon": False,
+}
+
+
+def new_figure(width: float = 7.0, height: float = 3.5, **subplots):
+    """A figure of width × height inches in the book's style: (figure, axes)."""
+    with plt.rc_context(RC):
+        fig, axes = plt.subplots(
+            figsize=(width, height), layout="constrained", **subplots
+        )
+    fig.patch.set_alpha(1.0)
+    return fig, axes

@@ -1,0 +1,1 @@
+"""Bytes, times and machine code: everything the book claims is measured from here."""

@@ -1,0 +1,119 @@
+"""Measurement records: JSON files with the numbers, and where they come from.
+
+Every measured number in the book is read from one of these, so a reader can trace it to a
+machine, a driver and a commit. `save` writes one; the rest reads.
+"""
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parents[2] / "notebooks" / "measurements"
+
+
+def names() -> list[str]:
+    """The stored records."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def record(name: str) -> dict:
+    """One record: name, what, provenance, method, cases. FileNotFoundError lists what exists."""
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no record {name!r}; there are: {', '.join(names())}")
+    return json.loads(path.read_text())
+
+
+def case(name: str, case_name: str) -> dict:
+    """One case of a record: its shape, and the results of its implementations."""
+    cases = {c["name"]: c for c in record(name)["cases"]}
+    if case_name not in cases:
+        raise KeyError(f"record {name!r} has no case {case_name!r}: {', '.join(cases)}")
+    return cases[case_name]
+
+
+def median_ms(name: str, case_name: str, implementation: str) -> float:
+    """The median time of one implementation, in milliseconds."""
+    return case(name, case_name)["results"][implementation]["median_ms"]
+
+
+def ratio(name: str, case_name: str, slow: str, fast: str) -> float:
+    """How many times faster `fast` is than `slow` (below 1: it is slower)."""
+    return median_ms(name, case_name, slow) / median_ms(name, case_name, fast)
+
+
+def copy_gb_s() -> float:
+    """The measured ceiling of HBM bandwidth: a large device copy, bytes read plus written."""
+    return case("ceilings", "copy")["bytes"] / median_ms("ceilings", "copy", "copy") / 1e6
+
+
+def bf16_tflop_s() -> float:
+    """The measured ceiling of bf16 matrix products: a large torch.matmul on random data."""
+    flop = case("ceilings", "matmul")["flop"]
+    return flop / median_ms("ceilings", "matmul", "matmul") / 1e9
+
+
+def machine(name: str = "attention") -> str:
+    """Where a record was taken, in one line."""
+    p = record(name)["provenance"]
+    return (
+        f"{p['device']}, driver {p['driver']}, torch {p['torch']}, "
+        f"Triton {p['triton']}, cuDNN {p['cudnn']}"
+    )
+
+
+def save(name: str, what: str, method: str, cases: list[dict], folder: Path = FOLDER) -> Path:
+    """Writes a record of the measurements just taken on this machine's GPU."""
+    content = {
+        "name": name,
+        "what": what,
+        "provenance": provenance(),
+        "method": method,
+        "cases": cases,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def provenance() -> dict:
+    """The machine and the software of this process, and the commit of this clone."""
+    import triton
+
+    query = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,memory.total"
+    fields = _run("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+    device, driver, power, sm_clock, mem_clock, memory = fields.splitlines()[0].split(", ")
+    return {
+        "device": device,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "memory_mib": int(memory),
+        "power_limit_w": float(power),
+        "max_sm_clock_mhz": int(sm_clock),
+        "max_memory_clock_mhz": int(mem_clock),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": _run("git", "-C", str(FOLDER), "rev-parse", "--short=12", "HEAD"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cudnn_version() -> str:
+    number = torch.backends.cudnn.version()
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,212 @@
+"""Attention forward with the skip fused in: out = c_skip·x + c_out·softmax(q kᵀ·scale) v.
+
+q [B, H, Nq, D]; k, v [B, H, Nkv, D], any strides with a contiguous last dimension;
+x, out [B, Nq, H·D]. One program owns BLOCK_M queries of one head and walks over the keys
+BLOCK_N at a time (online softmax: Milakov & Gimelshein 2018; this loop order: Dao 2023,
+FlashAttention-2). Storing f at column h·D merges the heads; the skip is applied just before.
+
+HBM: q, k, v, x are read, out is written. f exists only in registers, D float32 numbers a row.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
+
+LOG2_E = math.log2(math.e)  # exp(s) = exp2(s·log2 e), and exp2 is one GPU instruction
+
+
+@triton.jit
+def load_rows(src, b, h, row, length, stride_b, stride_h, stride_n,
+              ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+              TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """Rows row … row + ROWS of head (b, h) as [ROWS, BLOCK_D], zeros outside the tensor.
+
+    src is a tensor descriptor (TMA: the copy engine computes addresses and bounds) or a
+    pointer. MASK says that rows may lie beyond `length`.
+    """
+    if TMA:
+        return src.load([b, h, row, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        r = tl.arange(0, ROWS)[:, None]
+        d = tl.arange(0, BLOCK_D)[None, :]
+        head = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+        tile = src + head + tl.cast(row, tl.int64) * stride_n + (r * stride_n + d)
+        if MASK:
+            return tl.load(tile, mask=(row + r < length) & (d < D), other=0.0)
+        elif D < BLOCK_D:
+            return tl.load(tile, mask=d < D, other=0.0)
+        else:
+            return tl.load(tile)
+
+
+@triton.jit
+def attend(acc, m, l, qt, k, v, b, h, start, stop, first_row, kv_len, qk_scale,
+           stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+           BLOCK_N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+           CAUSAL: tl.constexpr, MASK: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """One online-softmax step for each key tile in [start, stop).
+
+    Per query row: m is the largest score so far (in units of log2), l the sum of
+    exp2(score − m), acc the same sum weighted by v. A larger m rescales both by alpha.
+    """
+    BLOCK_M: tl.constexpr = qt.shape[0]
+    BLOCK_D: tl.constexpr = qt.shape[1]
+    for j in tl.range(start, stop, BLOCK_N):
+        kt = load_rows(k, b, h, j, kv_len, stride_kb, stride_kh, stride_kn,
+                       BLOCK_N, D, BLOCK_D, TMA, MASK)  # fmt: skip
+        s = tl.dot(qt, kt.T, input_precision=PRECISION)
+        if MASK:
+            cols = j + tl.arange(0, BLOCK_N)[None, :]
+            visible = cols < kv_len
+            if CAUSAL:
+                visible &= cols <= first_row + tl.arange(0, BLOCK_M)[:, None]
+            s = tl.where(visible, s, float("-inf"))
+        # Key 0 is in the first tile and visible to every row, so m_new is never -inf.
+        m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+        p = tl.exp2(s * qk_scale - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        vt = load_rows(v, b, h, j, kv_len, stride_vb, stride_vh, stride_vn,
+                       BLOCK_N, D, BLOCK_D, TMA, MASK)  # fmt: skip
+        acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision=PRECISION)
+        m = m_new
+    return acc, m, l
+
+
+@triton.jit
+def attention_kernel(q, k, v, x, out, c_skip, c_out, qk_scale, heads, q_len, kv_len,
+                     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+                     stride_vb, stride_vh, stride_vn, stride_xb, stride_xn,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+                     BLOCK_D: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr,
+                     RAGGED: tl.constexpr, PER_SAMPLE: tl.constexpr,
+                     PRECISION: tl.constexpr):  # fmt: skip
+    # Neighbouring programs share a head, hence its keys and values in L2.
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    pid = tl.program_id(0)
+    b = pid // tiles // heads
+    h = pid // tiles % heads
+    tile = pid % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the longest rows first, so no straggler ends the launch
+    first_row = tile * BLOCK_M
+
+    qt = load_rows(q, b, h, first_row, q_len, stride_qb, stride_qh, stride_qn,
+                   BLOCK_M, D, BLOCK_D, TMA, True)  # fmt: skip
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # Whole tiles need no mask. The rest does: the last keys, and the causal diagonal.
+    whole = kv_len // BLOCK_N * BLOCK_N
+    stop = kv_len
+    if CAUSAL:
+        whole = tl.minimum(whole, first_row // BLOCK_N * BLOCK_N)
+        stop = tl.minimum(stop, first_row + BLOCK_M)
+    acc, m, l = attend(acc, m, l, qt, k, v, b, h, 0, whole, first_row, kv_len, qk_scale,
+                       stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+                       BLOCK_N, D, TMA, CAUSAL, False, PRECISION)  # fmt: skip
+    if RAGGED or CAUSAL:
+        acc, m, l = attend(acc, m, l, qt, k, v, b, h, whole, stop, first_row, kv_len,
+                           qk_scale, stride_kb, stride_kh, stride_kn,
+                           stride_vb, stride_vh, stride_vn,
+                           BLOCK_N, D, TMA, CAUSAL, True, PRECISION)  # fmt: skip
+    f = acc / l[:, None]
+
+    rows = first_row + tl.arange(0, BLOCK_M)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (rows < q_len) & (d < D)
+    b64, n64 = tl.cast(b, tl.int64), rows.to(tl.int64)  # offsets pass 2³¹ in large tensors
+    if x is not None:
+        x_tile = tl.load(x + b64 * stride_xb + n64 * stride_xn + h * D + d, mask=inside)
+        f = skip_epilogue(x_tile.to(tl.float32), f,
+                          load_coefficient(c_skip, b, PER_SAMPLE),
+                          load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
+    out_tile = out + (b64 * q_len + n64) * heads * D + h * D + d
+    tl.store(out_tile, f.to(out.dtype.element_ty), mask=inside)
+
+
+class Tile(NamedTuple):
+    """How much of the problem one program holds, and with how many warps and buffers."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
+    """The tile for a GPU of this compute capability; the reasons are chapter 6's table.
+
+    float32 uses the ordinary FMA units (IEEE), so small tiles that stay in registers.
+    Two-byte types: sm_90 and sm_100 have 227 KiB of shared memory for two or three programs
+    an SM; the others share 99 KiB (sm_89, sm_120) or 163 KiB (sm_80).
+    """
+    block_d = triton.next_power_of_2(head_dim)
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 2) if block_d <= 128 else Tile(16, 32, 4, 1)
+    if capability[0] in (9, 10):
+        return {256: Tile(64, 32, 4, 2), 128: Tile(64, 64, 4, 3)}.get(
+            block_d, Tile(64, 128, 4, 2)
+        )
+    return {256: Tile(64, 32, 4, 2), 128: Tile(64, 64, 4, 2)}.get(block_d, Tile(64, 64, 4, 3))
+
+
+def descriptors_allowed(*tensors: torch.Tensor) -> bool:
+    """Can the copy engine address these? Base and strides in multiples of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and all(
+            stride > 0 and stride * t.element_size() % 16 == 0
+            for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True)
+            if size > 1
+        )
+        for t in tensors
+    )
+
+
+def descriptor(t: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """t [B, H, N, D] as boxes of `rows` tokens of one head."""
+    # The stride of a dimension of size 1 is never used, but has to look aligned.
+    strides = [s if n > 1 else 16 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)]
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_d])
+
+
+def attention_forward(q, k, v, x, c_skip, c_out, scale, is_causal) -> torch.Tensor:
+    """Launches `attention_kernel` on checked inputs (see `rcmlib.rcm_attention`).
+
+    With x = None it is attention alone, [B, Nq, H·D]: pass one of a two-pass pipeline.
+    """
+    batch, heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    block_d = triton.next_power_of_2(head_dim)
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    tile = choose_tile(head_dim, q.dtype, capability)
+    tma = capability[0] >= 9 and descriptors_allowed(q, k, v)
+
+    out = torch.empty((batch, q_len, heads * head_dim), dtype=q.dtype, device=q.device)
+    per_sample = False
+    if x is not None:
+        c_skip, c_out, per_sample = kernel_coefficients(c_skip, c_out)
+    sources = (q, k, v)
+    if tma:
+        boxes = (tile.block_m, tile.block_n, tile.block_n)
+        sources = (descriptor(t, rows, block_d) for t, rows in zip(sources, boxes, strict=True))
+    attention_kernel[(batch * heads * triton.cdiv(q_len, tile.block_m),)](
+        *sources, x, out, c_skip, c_out, scale * LOG2_E, heads, q_len, kv_len,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *(x.stride()[:2] if x is not None else (0, 0)),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
+        TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
+        PER_SAMPLE=per_sample, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,39 @@
+"""The skip, as one jit function that every kernel calls before it stores its tile.
+
+    out = c_skip·x + c_out·f               (the f_θ of rCM, arXiv 2510.08431, and of EDM)
+
+x and f are float32 register tiles, the coefficients float32 scalars of one sample.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def skip_epilogue(x, f, c_skip, c_out):
+    """c_skip·x + c_out·f, and exactly c_skip·x where c_out is 0.
+
+    The select makes t = 0 return x bit for bit: adding 0·f would turn -0.0 into 0.0 and an
+    overflowed f into NaN. c_out is one number for the whole tile, so this costs nothing.
+    """
+    skip = c_skip * x
+    return tl.where(c_out == 0.0, skip, skip + c_out * f)
+
+
+@triton.jit
+def load_coefficient(c, sample, PER_SAMPLE: tl.constexpr):
+    """c is a pointer to [B] numbers (PER_SAMPLE), or the one number for all samples."""
+    if PER_SAMPLE:
+        return tl.load(c + sample).to(tl.float32)
+    else:
+        return c
+
+
+def kernel_coefficients(c_skip, c_out):
+    """(c_skip, c_out, PER_SAMPLE) as a launch wants them, from two tensors of one shape.
+
+    [B] tensors go in as pointers; 0-dimensional ones, which live on the CPU, as numbers.
+    """
+    if c_skip.ndim == 0:
+        return c_skip.item(), c_out.item(), False
+    return c_skip, c_out, True
