@@ -38,7 +38,9 @@ def edm(t: float | torch.Tensor, sigma_data: float = 1.0) -> Coefficients:
     t64 = _float64(t, upper=math.inf)
     norm = torch.hypot(t64, torch.full_like(t64, sigma_data))  # √(σ_d²+t²), no overflow
     c_in = norm.reciprocal()
-    return _like(t, (sigma_data / norm) ** 2, sigma_data * (t64 / norm), c_in, t64.log() / 4)
+    return _like(
+        t, (sigma_data / norm) ** 2, sigma_data * (t64 / norm), c_in, t64.log() / 4
+    )
 
 
 def trigflow(t: float | torch.Tensor, sigma_data: float = 1.0) -> Coefficients:
@@ -57,7 +59,7 @@ def rectified_flow(t: float | torch.Tensor) -> Coefficients:
     """A rectified-flow network in TrigFlow time t in [0, π/2] (what rCM does with Wan).
 
     c_skip = c_in = 1/(cos t + sin t), c_out = −sin t/(cos t + sin t), and c_noise is
-    rectified flow's own time s = sin t/(cos t + sin t) in [0, 1]. Data is taken to have σ_d = 1.
+    rectified flow's own time s = sin t/(cos t + sin t) in [0, 1]. Data has σ_d = 1.
     Errors as `trigflow`'s.
     """
     t64 = _float64(t, upper=math.pi / 2)

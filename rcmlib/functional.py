@@ -57,7 +57,7 @@ def rcm_attention(
     x and the result: [B, Nq, H·D], token layout. All of one dtype: float32 (IEEE products),
     float16 or bfloat16 (float32 accumulation, softmax and skip; one rounding at the end).
     c_skip, c_out: a number, or a floating tensor [B], one a sample.
-    scale: 1/√D unless given. is_causal: query i sees keys 0 … i, as in PyTorch's SDPA.
+    scale: 1/√D unless given; positive. is_causal: query i sees keys 0 … i, as in SDPA.
 
     Where c_skip = 1 and c_out = 0 the result is x, bit for bit. There is no gradient yet.
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
@@ -70,7 +70,9 @@ def rcm_attention(
     batch, heads, q_len, head_dim = q.shape
     kv_shape = (batch, heads, k.shape[2], head_dim)
     if k.shape != kv_shape:
-        raise ValueError(f"k must be [B, H, Nkv, D] with q's B, H, D {_dims(q)}, got {_dims(k)}")
+        raise ValueError(
+            f"k must be [B, H, Nkv, D] with q's B, H, D {_dims(q)}, got {_dims(k)}"
+        )
     if v.shape != kv_shape:
         raise ValueError(f"v must have k's shape {_dims(k)}, got {_dims(v)}")
     if head_dim not in HEAD_DIMS:
@@ -93,10 +95,12 @@ def rcm_attention(
         scale = 1 / math.sqrt(head_dim)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    elif not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     c_skip, c_out = _coefficients(c_skip, c_out, x)
-    return torch.ops.rcmlib.attention(q, k, v, x, c_skip, c_out, float(scale), is_causal)
+    return torch.ops.rcmlib.attention(
+        q, k, v, x, c_skip, c_out, float(scale), is_causal
+    )
 
 
 # ---- the registered operators: torch.compile and opcheck see these ----
@@ -129,7 +133,9 @@ def _(q, k, v, x, c_skip, c_out, scale, is_causal):
     return x.new_empty(x.shape)
 
 
-def _launch(forward: Callable[..., Tensor], tensors: tuple[Tensor, ...], *args) -> Tensor:
+def _launch(
+    forward: Callable[..., Tensor], tensors: tuple[Tensor, ...], *args
+) -> Tensor:
     """Run a launcher on the tensors' own device.
 
     Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
@@ -154,7 +160,9 @@ def _check_tensor(name: str, t: Tensor, rank: int | None) -> None:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")
     if rank is not None and t.ndim != rank:
-        raise ValueError(f"{name} must have {rank} dimensions, got {t.ndim}: {_dims(t)}")
+        raise ValueError(
+            f"{name} must have {rank} dimensions, got {t.ndim}: {_dims(t)}"
+        )
     if t.ndim == 0 or t.numel() == 0:
         raise ValueError(f"{name} must not be empty, got {_dims(t)}")
     if not torch.compiler.is_compiling():
@@ -165,14 +173,20 @@ def _check_like(name: str, t: Tensor, first: Tensor) -> None:
     first_name = "x" if name == "f" else "q"
     _check_tensor(name, t, rank=None)
     if t.dtype != first.dtype:
-        raise TypeError(f"{name} must have {first_name}'s dtype {first.dtype}, got {t.dtype}")
+        raise TypeError(
+            f"{name} must have {first_name}'s dtype {first.dtype}, got {t.dtype}"
+        )
     if t.device != first.device:
-        raise ValueError(f"{name} must be on {first_name}'s device {first.device}, got {t.device}")
+        raise ValueError(
+            f"{name} must be on {first_name}'s device {first.device}, got {t.device}"
+        )
 
 
 def _coefficients(c_skip, c_out, x: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors of one shape: [B] on x's device, or 0-dimensional on the CPU."""
-    pair = [_coefficient(name, c, x) for name, c in (("c_skip", c_skip), ("c_out", c_out))]
+    pair = [
+        _coefficient(name, c, x) for name, c in (("c_skip", c_skip), ("c_out", c_out))
+    ]
     if all(c.ndim == 0 and c.device.type == "cpu" for c in pair):
         return pair[0], pair[1]
     batch = x.shape[0]
@@ -183,14 +197,20 @@ def _coefficients(c_skip, c_out, x: Tensor) -> tuple[Tensor, Tensor]:
 def _coefficient(name: str, c, x: Tensor) -> Tensor:
     if not isinstance(c, Tensor):
         if isinstance(c, bool) or not isinstance(c, (int, float)):
-            raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(c).__name__}")
+            raise TypeError(
+                f"{name} must be a number or a torch.Tensor, got {type(c).__name__}"
+            )
         return torch.tensor(c, dtype=torch.float64)
     if not c.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {c.dtype}")
     if c.ndim != 0 and c.shape != x.shape[:1]:
-        raise ValueError(f"{name} must be a number or of shape [{x.shape[0]}], got {_dims(c)}")
+        raise ValueError(
+            f"{name} must be a number or of shape [{x.shape[0]}], got {_dims(c)}"
+        )
     if c.ndim == 1 and c.device != x.device:
-        raise ValueError(f"{name} must be on the inputs' device {x.device}, got {c.device}")
+        raise ValueError(
+            f"{name} must be on the inputs' device {x.device}, got {c.device}"
+        )
     return c
 
 
@@ -198,7 +218,9 @@ def _rows_of_samples(name: str, t: Tensor) -> Tensor:
     """t [B, …] as a view [B, 1, M] if its samples are dense, else [B, R, C]."""
     batch = t.shape[0]
     if t[0].is_contiguous():
-        return t.reshape(batch, 1, -1) if t.is_contiguous() else t.flatten(1).unsqueeze(1)
+        return (
+            t.reshape(batch, 1, -1) if t.is_contiguous() else t.flatten(1).unsqueeze(1)
+        )
     try:
         rows = t.view(batch, -1, t.shape[-1])
     except RuntimeError:

@@ -15,11 +15,17 @@ class _RCMAttention(nn.Module):
     """The layers and the checks that the implementations share."""
 
     def __init__(
-        self, dim: int, num_heads: int = 8, qkv_bias: bool = True, sigma_data: float = 1.0
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        sigma_data: float = 1.0,
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+            raise ValueError(
+                f"dim must be a multiple of num_heads, got {dim} and {num_heads}"
+            )
         edm(0.0, sigma_data)  # raises if sigma_data is not a positive number
         self.num_heads = num_heads
         self.sigma_data = sigma_data
@@ -33,7 +39,9 @@ class _RCMAttention(nn.Module):
                 f"x must be [B, N, {self.proj.in_features}], got {list(x.shape)}"
             )
         batch, tokens, dim = x.shape
-        packed = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        packed = self.qkv(x).view(
+            batch, tokens, 3, self.num_heads, dim // self.num_heads
+        )
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 

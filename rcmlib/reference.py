@@ -22,7 +22,9 @@ def attention(
     q, k, v = q.double(), k.double(), v.double()
     scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(
+            1
+        )
         scores = scores.masked_fill(hidden, -math.inf)
     return torch.softmax(scores, dim=-1) @ v
 

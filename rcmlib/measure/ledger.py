@@ -97,6 +97,10 @@ def honest_fused(
 
 def _passes(size: int, *rows: tuple[str, str, str]) -> list[Pass]:
     return [
-        Pass(name, dict.fromkeys(reads.split(), size), dict.fromkeys(writes.split(), size))
+        Pass(
+            name,
+            dict.fromkeys(reads.split(), size),
+            dict.fromkeys(writes.split(), size),
+        )
         for name, reads, writes in rows
     ]

@@ -30,11 +30,11 @@ class Job(NamedTuple):
     skip: bool = True  # the attention kernel with the skip in its epilogue, or without
     causal: bool = False
     ragged: bool = False
-    tma: bool = True  # tensor descriptors where the architecture has the copy engine
+    aligned: bool = True  # q, k, v can be read by the copy engine, where there is one
 
 
 class Compiled(NamedTuple):
-    """Machine code and its costs: a thread's registers and spills, a program's shared memory."""
+    """Machine code and its costs: registers and spills a thread, shared memory a program."""
 
     ptx: str
     registers: int
@@ -89,18 +89,19 @@ def _attention(job: Job):
     from rcmlib.ops import attention
 
     dtype = TYPES[job.dtype]
-    tile = attention.choose_tile(
-        job.head_dim, getattr(torch, job.dtype), divmod(job.capability, 10)
-    )
+    target = (getattr(torch, job.dtype), divmod(job.capability, 10))
+    tile = attention.choose_tile(job.head_dim, *target)
     block_d = triton.next_power_of_2(job.head_dim)
-    tma = job.tma and job.capability >= 90
+    tma = job.aligned and attention.copy_engine(*target)
     kernel = attention.attention_kernel
     types = {name: "i32" for name in kernel.arg_names if name.startswith("stride")}
     types |= dict.fromkeys(("heads", "q_len", "kv_len"), "i32")
     types |= dict.fromkeys(("q", "k", "v", "x", "out"), "*" + dtype)
     types |= {"qk_scale": "fp32", "c_skip": "*fp64", "c_out": "*fp64"}
     if tma:
-        for name, rows in zip("qkv", (tile.block_m, tile.block_n, tile.block_n), strict=True):
+        for name, rows in zip(
+            "qkv", (tile.block_m, tile.block_n, tile.block_n), strict=True
+        ):
             types[name] = f"tensordesc<{dtype}[1,1,{rows},{block_d}]>"
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "D": job.head_dim,

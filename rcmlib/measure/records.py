@@ -21,7 +21,7 @@ def names() -> list[str]:
 
 
 def record(name: str) -> dict:
-    """One record: name, what, provenance, method, cases. FileNotFoundError lists what exists."""
+    """One record: name, what, provenance, method, cases. FileNotFoundError if absent."""
     path = FOLDER / f"{name}.json"
     if not path.exists():
         raise FileNotFoundError(f"no record {name!r}; there are: {', '.join(names())}")
@@ -48,7 +48,9 @@ def ratio(name: str, case_name: str, slow: str, fast: str) -> float:
 
 def copy_gb_s() -> float:
     """The measured ceiling of HBM bandwidth: a large device copy, bytes read plus written."""
-    return case("ceilings", "copy")["bytes"] / median_ms("ceilings", "copy", "copy") / 1e6
+    return (
+        case("ceilings", "copy")["bytes"] / median_ms("ceilings", "copy", "copy") / 1e6
+    )
 
 
 def bf16_tflop_s() -> float:
@@ -66,7 +68,9 @@ def machine(name: str = "attention") -> str:
     )
 
 
-def save(name: str, what: str, method: str, cases: list[dict], folder: Path = FOLDER) -> Path:
+def save(
+    name: str, what: str, method: str, cases: list[dict], folder: Path = FOLDER
+) -> Path:
     """Writes a record of the measurements just taken on this machine's GPU."""
     content = {
         "name": name,
@@ -87,7 +91,9 @@ def provenance() -> dict:
 
     query = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,memory.total"
     fields = _run("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
-    device, driver, power, sm_clock, mem_clock, memory = fields.splitlines()[0].split(", ")
+    device, driver, power, sm_clock, mem_clock, memory = fields.splitlines()[0].split(
+        ", "
+    )
     return {
         "device": device,
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),

@@ -46,7 +46,9 @@ def compare(
     return {name: _summary(times) for name, times in samples.items()}
 
 
-def _samples(fn: Callable[[], object], repeats: int, cache: torch.Tensor) -> list[float]:
+def _samples(
+    fn: Callable[[], object], repeats: int, cache: torch.Tensor
+) -> list[float]:
     events = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

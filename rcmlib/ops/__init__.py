@@ -14,8 +14,8 @@ import torch
 def set_interpreter_default() -> None:
     """Without a CUDA device, let Triton's interpreter run the kernels on the CPU.
 
-    Triton decides when it is imported, so `import rcmlib` calls this first. A TRITON_INTERPRET
-    that is already set is left alone.
+    Triton decides when it is imported, so `import rcmlib` calls this first. A
+    TRITON_INTERPRET that is already set is left alone.
     """
     if not torch.cuda.is_available() and "triton" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,8 +25,8 @@ def interpreting() -> bool:
     """Does Triton's interpreter run the kernels of this process? Imports Triton."""
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(
-            "this operation is a Triton kernel, and Triton is not installed; it exists for Linux "
-            "(pip install triton). What is plain PyTorch in rcmlib works without it: the "
+            "this operation is a Triton kernel, and Triton is not installed; it exists for "
+            "Linux (pip install triton). What is plain PyTorch in rcmlib works without it: "
             "coefficients, rcmlib.reference, BaselineRCMAttention and FusedRCMAttention"
         )
     import triton
@@ -42,7 +42,7 @@ def check_device(name: str, device: torch.device) -> None:
         raise ValueError(f"{name} must be on a CUDA device or the CPU, got {device}")
     if not interpreting() and device.type == "cpu":
         raise ValueError(
-            f"{name} is on the CPU, but Triton was loaded to compile for a GPU; move the inputs "
-            "to a CUDA device, or set TRITON_INTERPRET=1 before Python starts to interpret the "
-            "kernels on the CPU (slow: small inputs only)"
+            f"{name} is on the CPU, but Triton was loaded to compile for a GPU; move the "
+            "inputs to a CUDA device, or set TRITON_INTERPRET=1 before Python starts to "
+            "interpret the kernels on the CPU (slow: small inputs only)"
         )

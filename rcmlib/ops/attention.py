@@ -96,9 +96,20 @@ def attention_kernel(q, k, v, x, out, c_skip, c_out, qk_scale, heads, q_len, kv_
     h = pid // tiles % heads
     tile = pid % tiles
     if CAUSAL:
-        tile = tiles - 1 - tile  # the longest rows first, so no straggler ends the launch
+        tile = tiles - 1 - tile  # longest rows first: no straggler ends the launch
     first_row = tile * BLOCK_M
 
+    rows = first_row + tl.arange(0, BLOCK_M)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (rows < q_len) & (d < D)
+    # In 64 bits: offsets pass 2³¹ in large tensors.
+    b64, n64 = tl.cast(b, tl.int64), rows.to(tl.int64)
+    if x is not None:
+        x_tile = x + b64 * stride_xb + n64 * stride_xn + h * D + d
+    # Where registers allow, x is fetched now: it arrives from HBM under the loop's shadow.
+    EARLY: tl.constexpr = x is not None and TMA and BLOCK_D <= 64
+    if EARLY:
+        xt = tl.load(x_tile, mask=inside)
     qt = load_rows(q, b, h, first_row, q_len, stride_qb, stride_qh, stride_qn,
                    BLOCK_M, D, BLOCK_D, TMA, True)  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -120,14 +131,10 @@ def attention_kernel(q, k, v, x, out, c_skip, c_out, qk_scale, heads, q_len, kv_
                            stride_vb, stride_vh, stride_vn,
                            BLOCK_N, D, TMA, CAUSAL, True, PRECISION)  # fmt: skip
     f = acc / l[:, None]
-
-    rows = first_row + tl.arange(0, BLOCK_M)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    inside = (rows < q_len) & (d < D)
-    b64, n64 = tl.cast(b, tl.int64), rows.to(tl.int64)  # offsets pass 2³¹ in large tensors
     if x is not None:
-        x_tile = tl.load(x + b64 * stride_xb + n64 * stride_xn + h * D + d, mask=inside)
-        f = skip_epilogue(x_tile.to(tl.float32), f,
+        if not EARLY:
+            xt = tl.load(x_tile, mask=inside)
+        f = skip_epilogue(xt.to(tl.float32), f,
                           load_coefficient(c_skip, b, PER_SAMPLE),
                           load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
     out_tile = out + (b64 * q_len + n64) * heads * D + h * D + d
@@ -144,20 +151,32 @@ class Tile(NamedTuple):
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """The tile for a GPU of this compute capability; the reasons are chapter 6's table.
+    """The tile for a GPU of this compute capability; chapter 6 shows what was tried.
 
-    float32 uses the ordinary FMA units (IEEE), so small tiles that stay in registers.
-    Two-byte types: sm_90 and sm_100 have 227 KiB of shared memory for two or three programs
-    an SM; the others share 99 KiB (sm_89, sm_120) or 163 KiB (sm_80).
+    float32 uses the ordinary FMA units (IEEE products), so tiles small enough for registers.
+    On sm_90 and sm_100 (227 KiB of shared memory) two or three programs share an SM and one
+    computes scores while another exponentiates. The others have 99 to 163 KiB. No choice
+    spills registers, on any architecture (tests/test_compilation.py).
     """
     block_d = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 2) if block_d <= 128 else Tile(16, 32, 4, 1)
-    if capability[0] in (9, 10):
-        return {256: Tile(64, 32, 4, 2), 128: Tile(64, 64, 4, 3)}.get(
-            block_d, Tile(64, 128, 4, 2)
-        )
-    return {256: Tile(64, 32, 4, 2), 128: Tile(64, 64, 4, 2)}.get(block_d, Tile(64, 64, 4, 3))
+        if block_d == 256:
+            return Tile(32, 16, num_warps=16, num_stages=1)
+        return Tile(32, 32, num_warps=8, num_stages=1)
+    if block_d == 256:
+        return Tile(64, 32, num_warps=8, num_stages=2)
+    if copy_engine(dtype, capability):
+        if block_d == 128:
+            return Tile(64, 64, num_warps=4, num_stages=3)
+        return Tile(64, 128, num_warps=4, num_stages=2)
+    if block_d == 128:
+        return Tile(64, 32, num_warps=8, num_stages=2)
+    return Tile(64, 64, num_warps=4, num_stages=3)
+
+
+def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Do tensor descriptors pay here? Where they feed wgmma (sm_90) or tcgen05 (sm_100)."""
+    return dtype != torch.float32 and capability[0] in (9, 10)
 
 
 def descriptors_allowed(*tensors: torch.Tensor) -> bool:
@@ -176,7 +195,9 @@ def descriptors_allowed(*tensors: torch.Tensor) -> bool:
 def descriptor(t: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
     """t [B, H, N, D] as boxes of `rows` tokens of one head."""
     # The stride of a dimension of size 1 is never used, but has to look aligned.
-    strides = [s if n > 1 else 16 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)]
+    strides = [
+        s if n > 1 else 16 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)
+    ]
     return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_d])
 
 
@@ -188,9 +209,10 @@ def attention_forward(q, k, v, x, c_skip, c_out, scale, is_causal) -> torch.Tens
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
+    # The interpreter has no architecture: it follows the H100's paths.
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
     tile = choose_tile(head_dim, q.dtype, capability)
-    tma = capability[0] >= 9 and descriptors_allowed(q, k, v)
+    tma = copy_engine(q.dtype, capability) and descriptors_allowed(q, k, v)
 
     out = torch.empty((batch, q_len, heads * head_dim), dtype=q.dtype, device=q.device)
     per_sample = False
@@ -199,7 +221,9 @@ def attention_forward(q, k, v, x, c_skip, c_out, scale, is_causal) -> torch.Tens
     sources = (q, k, v)
     if tma:
         boxes = (tile.block_m, tile.block_n, tile.block_n)
-        sources = (descriptor(t, rows, block_d) for t, rows in zip(sources, boxes, strict=True))
+        sources = (
+            descriptor(t, rows, block_d) for t, rows in zip(sources, boxes, strict=True)
+        )
     attention_kernel[(batch * heads * triton.cdiv(q_len, tile.block_m),)](
         *sources, x, out, c_skip, c_out, scale * LOG2_E, heads, q_len, kv_len,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],

@@ -35,7 +35,9 @@ def skip_kernel(x, f, out, c_skip, c_out, rows, cols,
     result = skip_epilogue(x_tile.to(tl.float32), f_tile.to(tl.float32),
                            load_coefficient(c_skip, b, PER_SAMPLE),
                            load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
-    tl.store(out + (b64 * rows + r64) * cols + c, result.to(out.dtype.element_ty), inside)
+    tl.store(
+        out + (b64 * rows + r64) * cols + c, result.to(out.dtype.element_ty), inside
+    )
 
 
 def skip_forward(x, f, c_skip, c_out) -> torch.Tensor:

@@ -1,0 +1,44 @@
+"""Inputs, peers and the error bound that the tests of the kernels share."""
+
+import torch
+from torch.nn import functional as F
+
+from rcmlib import reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def heads(shape, dtype, device, seed=0):
+    """Random q, k, v, x and per-sample coefficients for (B, H, Nq, Nkv, D)."""
+    batch, num_heads, q_len, kv_len, dim = shape
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        values = torch.randn(*size, generator=random, dtype=torch.float64)
+        return values.to(device=device, dtype=dtype)
+
+    q = draw(batch, num_heads, q_len, dim)
+    k, v = (draw(batch, num_heads, kv_len, dim) for _ in range(2))
+    x = draw(batch, q_len, num_heads * dim)
+    c_skip, c_out = torch.rand(2, batch, generator=random, dtype=torch.float64).to(
+        device
+    )
+    return q, k, v, x, c_skip, c_out
+
+
+def torch_attention(q, k, v, x, c_skip, c_out, **options):
+    """The two-pass peer: PyTorch's attention and skip, all in the inputs' precision."""
+    f = reference.merge_heads(F.scaled_dot_product_attention(q, k, v, **options))
+    return (
+        reference.per_sample(c_skip, x).to(x.dtype) * x
+        + reference.per_sample(c_out, x).to(x.dtype) * f
+    )
+
+
+def assert_close(out, ref, peer):
+    """out is as near to the float64 ref as the tolerance policy asks, and fully written."""
+    assert out.shape == ref.shape and out.dtype == peer.dtype
+    assert torch.isfinite(out).all()
+    error = reference.relative_l2(out, ref)
+    bound = 1e-6 if out.dtype == torch.float32 else reference.error_bound(ref, peer)
+    assert error <= bound, f"relative L2 error {error:.3g} above {bound:.3g}"

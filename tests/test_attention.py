@@ -1,0 +1,193 @@
+"""rcm_attention against float64: shapes, strides, coefficients, extremes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rcmlib
+from rcmlib import reference
+from rcmlib.ops import attention
+from tests.inputs import DTYPES, assert_close, heads, torch_attention
+
+SHAPES = [  # (B, H, Nq, Nkv, D)
+    (1, 1, 1, 1, 16),  # one token
+    (2, 3, 37, 53, 24),  # primes, and D not a power of two
+    (1, 2, 128, 128, 64),  # whole tiles
+    (3, 1, 65, 127, 128),  # one row over, one key under
+    (1, 2, 97, 31, 80),  # fewer keys than a tile holds
+    (1, 1, 50, 50, 17),  # rows that the copy engine cannot address
+    (1, 1, 70, 40, 256),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_agrees_with_float64(shape, is_causal, dtype, device):
+    inputs = heads(shape, dtype, device)
+    out = rcmlib.rcm_attention(*inputs, is_causal=is_causal)
+    ref = reference.rcm_attention(*inputs, is_causal=is_causal)
+    assert_close(out, ref, torch_attention(*inputs, is_causal=is_causal))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.tuples(
+        *(st.integers(1, n) for n in (2, 2, 150, 150)), st.integers(16, 72)
+    ),
+    is_causal=st.booleans(),
+    scale=st.one_of(st.none(), st.floats(1e-3, 2)),
+)
+def test_any_length_head_dimension_and_scale_will_do(shape, is_causal, scale):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = heads(shape, torch.float32, device, seed=sum(shape))
+    out = rcmlib.rcm_attention(*inputs, is_causal=is_causal, scale=scale)
+    ref = reference.rcm_attention(*inputs, is_causal=is_causal, scale=scale)
+    assert_close(out, ref, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_element_of_the_result_is_written(dtype, device, monkeypatch):
+    def poisoned(*args, **kwargs):
+        return torch.full(*args[:1], float("nan"), **kwargs)
+
+    monkeypatch.setattr(attention.torch, "empty", poisoned)
+    for shape in SHAPES:
+        inputs = heads(shape, dtype, device)
+        assert torch.isfinite(rcmlib.rcm_attention(*inputs)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_skip_the_launcher_is_plain_attention(dtype, device):
+    q, k, v, x, *_ = heads((2, 2, 45, 70, 32), dtype, device)
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter has no bfloat16; rcm_attention widens it first")
+    out = attention.attention_forward(q, k, v, None, None, None, 32**-0.5, False)
+    ref = reference.merge_heads(reference.attention(q, k, v))
+    assert_close(out, ref, torch_attention(q, k, v, x, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_at_t_zero_the_result_is_x_bit_for_bit(dtype, device):
+    q, k, v, x, *_ = heads((2, 2, 33, 33, 32), dtype, device)
+    x[0, 0, :4] = torch.tensor(
+        [-0.0, 0.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny]
+    )
+    q[0] *= torch.finfo(dtype).max / 8  # finite, but its scores overflow
+    assert q.isfinite().all()
+    for one, zero in ((1.0, 0.0), (torch.ones(2), torch.zeros(2))):
+        if isinstance(one, torch.Tensor):
+            one, zero = one.to(device), zero.to(device)
+        out = rcmlib.rcm_attention(q, k, v, x, one, zero)
+        assert torch.equal(out, x)
+        assert torch.equal(out.signbit(), x.signbit())  # -0.0 stays -0.0
+
+
+def test_each_sample_has_its_own_coefficients(device):
+    inputs = heads((4, 2, 20, 20, 16), torch.float32, device)
+    q, k, v, x, c_skip, c_out = inputs
+    together = rcmlib.rcm_attention(*inputs)
+    for b in range(4):
+        row = slice(b, b + 1)
+        alone = rcmlib.rcm_attention(
+            q[row], k[row], v[row], x[row], c_skip[b].item(), c_out[b].item()
+        )
+        assert torch.equal(together[row], alone)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.float64, torch.float32, torch.bfloat16], ids=str
+)
+def test_a_number_a_scalar_tensor_and_a_vector_mean_the_same(kind, device):
+    q, k, v, x, *_ = heads((2, 1, 20, 20, 16), torch.float32, device)
+    vector = torch.full((2,), 0.75, dtype=kind, device=device)
+    expected = rcmlib.rcm_attention(q, k, v, x, 0.75, 0.75)
+    for c_skip, c_out in ((vector, vector), (vector[0], 0.75), (0.75, vector)):
+        assert torch.equal(rcmlib.rcm_attention(q, k, v, x, c_skip, c_out), expected)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_views_of_a_packed_qkv_are_used_in_place(offset, device):
+    batch, tokens, num_heads, dim = 2, 45, 3, 32
+    storage = torch.randn(batch * tokens * 3 * num_heads * dim + offset, device=device)
+    packed = storage[offset:].view(batch, tokens, 3, num_heads, dim)
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    wide = torch.randn(batch, tokens, 2 * num_heads * dim, device=device)
+    x = wide[..., : num_heads * dim]
+    assert attention.descriptors_allowed(q, k, v) == (offset == 0)
+    out = rcmlib.rcm_attention(q, k, v, x, 0.3, 0.8)
+    assert_close(out, reference.rcm_attention(q, k, v, x, 0.3, 0.8), out)
+
+
+def test_keys_shared_by_the_heads_may_be_expanded(device):
+    q, k, v, x, c_skip, c_out = heads((2, 3, 20, 30, 16), torch.float32, device)
+    k, v = (t[:, :1].expand(-1, 3, -1, -1) for t in (k, v))
+    out = rcmlib.rcm_attention(q, k, v, x, c_skip, c_out)
+    assert_close(out, reference.rcm_attention(q, k, v, x, c_skip, c_out), out)
+
+
+def test_large_scores_do_not_overflow(device):
+    q, k, v, x, c_skip, c_out = heads((1, 1, 40, 40, 16), torch.float32, device)
+    inputs = (q * 1e4, k * 1e4, v, x, c_skip, c_out)
+    assert_close(rcmlib.rcm_attention(*inputs), reference.rcm_attention(*inputs), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_integer_inputs_give_the_exact_answer_over_many_seeds(dtype):
+    """All scores equal, v small integers: the mean over 64 keys is exact in any order.
+
+    Guards against a matrix instruction reading its register operand too late.
+    """
+    for seed in range(50):
+        torch.manual_seed(seed)
+        q = torch.zeros(2, 4, 128, 64, device="cuda", dtype=dtype)
+        k = torch.randint(-8, 9, (2, 4, 64, 64), device="cuda").to(dtype)
+        v = torch.randint(-8, 9, (2, 4, 64, 64), device="cuda").to(dtype)
+        x = torch.zeros(2, 128, 256, device="cuda", dtype=dtype)
+        out = rcmlib.rcm_attention(q, k, v, x, 1.0, 1.0)
+        mean = v.double().mean(2, keepdim=True).expand(-1, -1, 128, -1)
+        assert torch.equal(out, reference.merge_heads(mean).to(dtype))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31_elements():
+    """x and the result have 2.3·10⁹ elements; the last tokens sit beyond int32."""
+    tokens, dim = 70_001, 128
+    x = torch.zeros(1, tokens, 256 * dim, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(1, 1, tokens, dim, device="cuda", dtype=torch.bfloat16)
+    q = q.expand(-1, 256, -1, -1)
+    k, v = torch.randn(2, 1, 1, 64, dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (t.expand(-1, 256, -1, -1) for t in (k, v))
+    x[0, -1] = 3
+    assert x.numel() > 2**31
+    out = rcmlib.rcm_attention(q, k, v, x, 1.0, 1.0)
+    ref = reference.rcm_attention(
+        q[:, -2:, -3:], k[:, -2:], v[:, -2:], x[:, -3:, :256], 1, 1
+    )
+    peer = torch_attention(q[:, -2:, -3:], k[:, -2:], v[:, -2:], x[:, -3:, :256], 1, 1)
+    assert_close(out[:, -3:, -256:], ref, peer)
+
+
+@pytest.mark.gpu
+def test_long_sequences_match_a_few_reference_rows():
+    q, k, v, x, c_skip, c_out = heads(
+        (1, 2, 33_333, 33_333, 64), torch.bfloat16, "cuda"
+    )
+    out = rcmlib.rcm_attention(q, k, v, x, c_skip, c_out)
+    rows = torch.tensor([0, 1, 16_000, 33_331, 33_332], device="cuda")
+    some = (q[:, :, rows], k, v, x[:, rows], c_skip, c_out)
+    assert_close(out[:, rows], reference.rcm_attention(*some), torch_attention(*some))
+
+
+@pytest.mark.gpu
+def test_any_stream_and_the_result_repeats_bit_for_bit():
+    inputs = heads((2, 4, 500, 500, 64), torch.bfloat16, "cuda")
+    first = rcmlib.rcm_attention(*inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = rcmlib.rcm_attention(*inputs)
+    stream.synchronize()
+    assert torch.equal(first, second)

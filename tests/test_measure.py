@@ -1,0 +1,109 @@
+"""The ledger, the records, and what measuring says where it cannot."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rcmlib.measure import ledger, records, timing
+
+SHAPE = (4, 2048, 768)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "tensors"),
+    [
+        (ledger.two_pass_eager, 11),
+        (ledger.two_pass_compiled, 7),
+        (ledger.fused, 5),
+        (ledger.published_two_pass, 11),
+        (ledger.published_fused, 8),
+        (ledger.honest_fused, 9),
+    ],
+)
+def test_the_ledger_counts_tensors_and_bytes(pipeline, tensors):
+    passes = pipeline(*SHAPE)
+    assert ledger.tensors(passes) == tensors
+    assert ledger.total(passes) == tensors * 4 * 2048 * 768 * 2
+
+
+def test_the_published_saving_is_27_percent_and_the_honest_one_18():
+    before = ledger.total(ledger.published_two_pass(*SHAPE))
+    after = ledger.total(ledger.published_fused(*SHAPE))
+    honest = ledger.total(ledger.honest_fused(*SHAPE))
+    assert 1 - after / before == pytest.approx(0.2727, abs=1e-4)
+    assert 1 - honest / before == pytest.approx(0.1818, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ceilings", "skip", "attention", "scaling"])
+def test_a_stored_record_says_where_its_numbers_come_from(name):
+    content = records.record(name)
+    assert content["name"] == name and content["what"] and content["method"]
+    for key in ("device", "driver", "torch", "triton", "cudnn", "commit", "date"):
+        assert content["provenance"][key] not in ("", "unknown"), key
+    for case in content["cases"]:
+        for result in case["results"].values():
+            assert 0 < result["p10_ms"] <= result["median_ms"] <= result["p90_ms"]
+            assert result["samples"] >= 20
+
+
+def test_the_helpers_read_what_the_record_holds():
+    results = records.case("attention", "seed")["results"]
+    flash, fused = (results[k]["median_ms"] for k in ("flash_eager", "fused"))
+    assert records.ratio("attention", "seed", "flash_eager", "fused") == flash / fused
+    assert 1000 < records.copy_gb_s() < 10_000
+    assert 100 < records.bf16_tflop_s() < 5000
+    assert "attention" in records.names()
+    assert records.record("attention")["provenance"]["device"] in records.machine()
+
+
+def test_the_stored_speeds_meet_the_promises():
+    """Ratios within one stored run, not times of this machine."""
+    ratio = records.ratio
+    assert ratio("attention", "seed", "flash_eager", "fused") >= 1.8
+    assert ratio("attention", "seed", "cudnn_compiled", "fused") >= 1.0
+    for case in ("N1024", "seed", "N4096", "N8192"):
+        assert ratio("attention", case, "flash_eager", "fused") >= 1.27
+
+
+def test_a_missing_record_lists_those_that_exist():
+    with pytest.raises(
+        FileNotFoundError, match="no record 'nope'; there are: attention"
+    ):
+        records.record("nope")
+    with pytest.raises(KeyError, match="has no case 'nope'"):
+        records.case("attention", "nope")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+def test_without_a_gpu_nothing_is_timed():
+    with pytest.raises(RuntimeError, match="a CUDA device, and there is none"):
+        timing.time_ms(lambda: None)
+    command = [sys.executable, "-m", "rcmlib.measure.benchmark"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "no CUDA device here" in done.stderr
+
+
+@pytest.mark.gpu
+def test_a_record_is_written_with_its_provenance(tmp_path):
+    matrix = torch.randn(512, 512, device="cuda")
+    times = timing.compare({"product": lambda: matrix @ matrix}, rounds=2, repeats=5)
+    assert times["product"].samples == 10
+    assert 0 < times["product"].p10_ms <= times["product"].median_ms
+    case = {"name": "one", "results": {"product": times["product"]._asdict()}}
+    path = records.save("test", "a product", "a few runs", [case], tmp_path)
+    stored = json.loads(path.read_text())
+    assert stored["provenance"]["device"] == torch.cuda.get_device_name()
+
+
+def test_a_longer_kernel_takes_longer_times_only_relative(device):
+    """Sanity of the clock: a product of twice the size takes more time, on any GPU."""
+    if device == "cpu":
+        pytest.skip("times are taken on a GPU")
+    small, large = (torch.randn(n, n, device=device) for n in (1024, 8192))
+    times = timing.compare(
+        {"small": lambda: small @ small, "large": lambda: large @ large}
+    )
+    assert times["large"].median_ms > times["small"].median_ms

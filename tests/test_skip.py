@@ -1,0 +1,94 @@
+"""rcm_skip against float64: shapes, strides, coefficients, boundary values."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rcmlib
+from rcmlib import reference
+from rcmlib.ops import skip
+from tests.inputs import DTYPES, assert_close
+
+SHAPES = [
+    (1, 1),
+    (3, 7),
+    (2, 5, 3),
+    (2, 33, 129),
+    (2, 3, 4, 5, 6),
+    (1, 5000),
+    (2, 4097),
+]
+
+
+def pair(shape, dtype, device, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(2, *shape, generator=random).to(device=device, dtype=dtype)
+
+
+def peer(x, f, c_skip, c_out):
+    return (
+        reference.per_sample(c_skip, x).to(x.dtype) * x
+        + reference.per_sample(c_out, x).to(x.dtype) * f
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_agrees_with_float64(shape, dtype, device):
+    x, f = pair(shape, dtype, device)
+    c_skip, c_out = torch.rand(2, shape[0], dtype=torch.float64).to(device)
+    out = rcmlib.rcm_skip(x, f, c_skip, c_out)
+    ref = reference.skip(x, f, c_skip, c_out)
+    assert_close(out, ref, peer(x, f, c_skip, c_out))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.floats(-2, 2))
+def test_any_shape_will_do(shape, c):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, f = pair(shape, torch.float32, device, seed=len(shape))
+    out = rcmlib.rcm_skip(x, f, c, 0.5)
+    assert_close(out, reference.skip(x, f, c, 0.5), out)
+
+
+def test_all_channels_are_written_and_none_twice(device, monkeypatch):
+    def poisoned(*args, **kwargs):
+        return torch.full(*args, float("nan"), **kwargs)
+
+    monkeypatch.setattr(skip.torch, "empty", poisoned)
+    x, f = pair((2, 9, 769), torch.float32, device)
+    assert torch.isfinite(rcmlib.rcm_skip(x, f, 0.5, 0.5)).all()
+
+
+def test_coefficients_are_not_mixed_between_samples(device):
+    x, f = pair((3, 4, 50), torch.float32, device)
+    c = torch.tensor([0.0, 1.0, 2.0], device=device)
+    out = rcmlib.rcm_skip(x, f, c, c)
+    for b in range(3):
+        assert torch.equal(out[b], rcmlib.rcm_skip(x[b : b + 1], f[b : b + 1], b, b)[0])
+
+
+def test_a_slice_of_the_channels_is_used_in_place(device):
+    x, f = pair((2, 6, 40), torch.float32, device)
+    out = rcmlib.rcm_skip(x[..., :10], f[..., 5:15], 0.2, 0.4)
+    assert_close(out, reference.skip(x[..., :10], f[..., 5:15], 0.2, 0.4), out)
+    dense = f[..., 5:15].contiguous()
+    assert torch.equal(rcmlib.rcm_skip(x[..., :10], dense, 0.2, 0.4), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_at_t_zero_the_result_is_x_bit_for_bit(dtype, device):
+    x, f = pair((2, 40), dtype, device)
+    x[0, 0], f[1, 0] = -0.0, float("inf")
+    out = rcmlib.rcm_skip(x, f, 1.0, 0.0)
+    assert torch.equal(out, x) and torch.equal(out.signbit(), x.signbit())
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31_elements():
+    x = torch.zeros(1, 2**31 + 5000, device="cuda", dtype=torch.bfloat16)
+    f = x.clone()
+    x[0, -1], f[0, -2] = 2, 4
+    out = rcmlib.rcm_skip(x, f, 0.5, 0.25)
+    assert out[0, -2:].tolist() == [1, 1] and out.count_nonzero() == 2
