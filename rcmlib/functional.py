@@ -7,6 +7,7 @@ came and what is allowed. Nothing has been written by then.
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,7 @@ def rcm_attention(
 
 @torch.library.custom_op("rcmlib::skip", mutates_args=())
 def _skip_op(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
+    ops.check_device("x", x.device)
     from rcmlib.ops.skip import skip_forward
 
     return _launch(skip_forward, (x, f), c_skip, c_out)
@@ -123,6 +125,7 @@ def _attention_op(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor,
     c_skip: Tensor, c_out: Tensor, scale: float, is_causal: bool,
 ) -> Tensor:  # fmt: skip
+    ops.check_device("q", q.device)
     from rcmlib.ops.attention import attention_forward
 
     return _launch(attention_forward, (q, k, v, x), c_skip, c_out, scale, is_causal)
@@ -147,7 +150,8 @@ def _launch(
             return forward(*tensors, *args)
     if dtype == torch.bfloat16:
         tensors = tuple(t.float() for t in tensors)
-    return forward(*tensors, *args).to(dtype)
+    with np.errstate(all="ignore"):  # NaN and infinity are values here, not accidents
+        return forward(*tensors, *args).to(dtype)
 
 
 # ---- checks ----
@@ -165,8 +169,6 @@ def _check_tensor(name: str, t: Tensor, rank: int | None) -> None:
         )
     if t.ndim == 0 or t.numel() == 0:
         raise ValueError(f"{name} must not be empty, got {_dims(t)}")
-    if not torch.compiler.is_compiling():
-        ops.check_device(name, t.device)
 
 
 def _check_like(name: str, t: Tensor, first: Tensor) -> None:

@@ -47,7 +47,7 @@ CASES = [  # the argument, what it becomes, the error, what the message says
         "k must have q's dtype torch.float32, got .*16",
     ),
     ("v", lambda v: v[:, :, :4], ValueError, r"v must have k's shape \[2, 2, 5, 16\]"),
-    ("v", lambda v: v.to("meta"), ValueError, "v must be on a CUDA device or the CPU"),
+    ("v", lambda v: v.to("meta"), ValueError, "v must be on q's device .*, got meta"),
     (
         "v",
         lambda v: v.mT.contiguous().mT,
@@ -154,6 +154,20 @@ def test_a_cpu_tensor_is_refused_where_triton_compiles_for_a_gpu():
     code = "import torch, rcmlib; x = torch.ones(2, 3);rcmlib.rcm_skip(x, x, 1.0, 0.0)"
     error = _run(code, TRITON_INTERPRET="0")
     assert "ValueError: x is on the CPU" in error and "TRITON_INTERPRET=1" in error
+
+
+def test_a_cpu_tensor_is_refused_inside_torch_compile_too():
+    code = (
+        "import torch, rcmlib; x = torch.ones(2, 3);"
+        "torch.compile(rcmlib.rcm_skip, backend='eager')(x, x, 1.0, 0.0)"
+    )
+    assert "ValueError: x is on the CPU" in _run(code, TRITON_INTERPRET="0")
+
+
+def test_no_warning_comes_of_an_infinite_f(device, recwarn):
+    x = torch.ones(2, 3, device=device)
+    assert torch.equal(rcmlib.rcm_skip(x, x * float("inf"), 1.0, 0.0), x)
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
 def test_without_triton_the_torch_parts_work_and_a_kernel_call_says_what_to_do():

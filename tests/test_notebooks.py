@@ -326,7 +326,7 @@ def check_chapter_structure(notebook, name, next_name):
             before_code = "\n\n".join(c.source for c in notebook.cells[:index])
             break
     complaints = []
-    if not re.match(r"# \S.*\n+[^#\s\-*>:`]", opening):
+    if not re.match(r"# \S.*\n+(\*\*)?[^#\s\-*>:`]", opening):
         complaints.append("the first cell is not a title and its promise")
     if (
         len(

@@ -6,6 +6,19 @@ from rcmlib.figures.baseline import (
     photo_to_tokens,
     skip_share,
 )
+from rcmlib.figures.coefficients import (
+    cancellation,
+    coefficients_over_time,
+    one_ray,
+    three_places,
+)
+from rcmlib.figures.epilogue import (
+    against_cudnn,
+    dataflow,
+    one_over_n,
+    seed_times,
+)
+from rcmlib.figures.fusing import launches, saved_bytes, skip_cost
 from rcmlib.figures.skip import copy_ceiling, programs_1d, programs_3d
 from rcmlib.figures.style import PALETTE, new_figure
 from rcmlib.figures.tiles import (
@@ -16,17 +29,28 @@ from rcmlib.figures.tiles import (
 )
 
 __all__ = [
+    "seed_times",
+    "one_over_n",
+    "dataflow",
+    "against_cudnn",
     "PALETTE",
     "attention_rates",
+    "cancellation",
+    "coefficients_over_time",
     "copy_ceiling",
+    "launches",
     "ledger_boxes",
     "new_figure",
     "noise_levels",
+    "one_ray",
     "photo_to_tokens",
     "programs_1d",
     "programs_3d",
     "rescaling",
+    "saved_bytes",
     "score_memory",
+    "skip_cost",
     "skip_share",
+    "three_places",
     "tiles_in_flight",
 ]

@@ -55,13 +55,13 @@ def one_ray(sigma: float = 0.75):
     ax.text(1.03, 1.02, "EDM\n(1, σ)", color=PALETTE["baseline"], weight="bold")
     ax.text(0.50, 0.92, "TrigFlow\n(cos t, sin t)", color=PALETTE["out"], weight="bold")
     ax.text(
-        0.05, 0.52, "rectified flow\n(1 − s, s)", color=OUT, weight="bold", rotation=0
+        0.03, 0.38, "rectified flow\n(1 − s, s)", color=OUT, weight="bold", rotation=0
     )
     ax.plot([0, 1.28], [0, 1.28 * sigma], color="black", lw=1.2, ls="--")
     norm = math.cos(t) + math.sin(t)
     points = (
         (1, sigma, PALETTE["baseline"], "x = 2.5", (0.05, -0.04)),
-        (math.cos(t), math.sin(t), PALETTE["out"], "x = 2.0", (-0.20, 0.03)),
+        (math.cos(t), math.sin(t), PALETTE["out"], "x = 2.0", (-0.25, 0.05)),
         (math.cos(t) / norm, math.sin(t) / norm, OUT, "x = 1.43", (0.05, -0.05)),
     )
     for px, py, colour, label, (dx, dy) in points:

@@ -8,7 +8,7 @@ ATTENTION, SKIP = PALETTE["qkv"], "#F3D9C6"
 
 
 def launches():
-    """Four ways to run attention and skip; a box is a kernel, its width the tensors it moves."""
+    """Four ways to run attention and skip; a box is a kernel, its width what it moves."""
     fig, ax = new_figure(7.6, 3.7)
     attend = ("attention", "q k v → F", 4, ATTENTION)
     rows = (
@@ -45,14 +45,20 @@ def launches():
 def saved_bytes(lengths, naive, sdpa):
     """KiB kept for backward over the number of tokens, with N×N probabilities and without."""
     fig, ax = new_figure(6.4, 3.3)
-    for kept, name, colour in (
-        (naive, "naive: keeps N×N matrices", PALETTE["baseline"]),
-        (sdpa, "SDPA: keeps a number a row", PALETTE["out"]),
+    for kept, name, colour, offset, ha in (
+        (
+            naive,
+            "naive: keeps N×N probabilities",
+            PALETTE["baseline"],
+            (-8, 12),
+            "right",
+        ),
+        (sdpa, "SDPA: keeps none", PALETTE["out"], (-40, -28), "left"),
     ):
         ax.loglog(lengths, [b / 1024 for b in kept], "o-", color=colour, base=2)
         ax.annotate(
-            name, (lengths[-2], kept[-2] / 1024), (-8, 12), textcoords="offset points",
-            ha="right", color=colour, weight="bold",
+            name, (lengths[-2], kept[-2] / 1024), offset, textcoords="offset points",
+            ha=ha, color=colour, weight="bold",
         )  # fmt: skip
     ax.set_xticks(lengths, [str(n) for n in lengths])
     ticks = [2**k for k in range(6, 15, 2)]
@@ -65,7 +71,7 @@ def saved_bytes(lengths, naive, sdpa):
 def skip_cost(rows):
     """What the skip adds to attention; rows of (name, colour, predicted µs, measured µs)."""
     fig, ax = new_figure(7.0, 2.7)
-    for i, (name, colour, predicted, measured) in enumerate(rows):
+    for i, (_, colour, predicted, measured) in enumerate(rows):
         ax.barh(i, measured, 0.55, color=PALETTE[colour])
         ax.plot([predicted] * 2, [i - 0.38, i + 0.38], color="black", lw=2.5)
         end = max(measured, predicted)

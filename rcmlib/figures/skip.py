@@ -101,11 +101,14 @@ def copy_ceiling(tokens, shares):
     for (name, (colour, marker, label)), end in zip(looks.items(), ends, strict=True):
         ax.plot(tokens, shares[name], color=colour, marker=marker, ms=6)
         ax.text(tokens[-1] * 1.13, end, label, color=colour, va="center", weight="bold")
-    for level, text in ((100, "a large copy"), (300 / 7, "3 of 7 tensors")):
+    for level, text, x, ha in (
+        (100, "a large copy", tokens[0], "left"),
+        (300 / 7, "3 of 7 tensors", tokens[-1], "right"),
+    ):
         ax.plot(
             tokens, [level] * len(tokens), color=PALETTE["reference"], lw=1, ls="--"
         )
-        ax.text(tokens[0] * 0.9, level + 1.5, text, fontsize=8.5, va="bottom")
+        ax.text(x, level + 1.5, text, fontsize=8.5, va="bottom", ha=ha)
     top = max(122, 6 + max(max(s) for s in shares.values()))
     ax.set(xscale="log", ylim=(0, top), xlim=(tokens[0] * 0.85, tokens[-1] * 4.4))
     ax.set_xticks(tokens, [f"{n}" for n in tokens])

@@ -43,9 +43,7 @@ RC = {
 
 def new_figure(width: float = 7.0, height: float = 3.5, **subplots):
     """A figure of width × height inches in the book's style: (figure, axes)."""
-    with plt.rc_context(RC):
-        fig, axes = plt.subplots(
-            figsize=(width, height), layout="constrained", **subplots
-        )
+    plt.rcParams.update(RC)  # titles and legends read it later, so no context manager
+    fig, axes = plt.subplots(figsize=(width, height), layout="constrained", **subplots)
     fig.patch.set_alpha(1.0)
     return fig, axes

@@ -44,7 +44,7 @@ def rescaling(scores, tile, sums, kept):
             right.text(
                 j,
                 kept[j] / 2,
-                f"old ℓ × {factor:g}",
+                f"old × {factor:g}",
                 ha="center",
                 va="center",
                 fontsize=8,

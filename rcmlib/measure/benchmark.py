@@ -1,14 +1,17 @@
 """The book's measurements: python -m rcmlib.measure.benchmark [--suite NAME …] [--out FOLDER].
 
-Suites: ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention (chapter 6's
-table) and scaling (the 1/N law). Each writes one record. Every implementation is compared
-with float64 on the very inputs it is timed on, and refused a time if it is wrong.
+Suites: ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention, tiles and
+scaling (chapter 6: the table, the choice of tiles, the 1/N law). Each writes one record. Every
+implementation is compared with float64 on the very inputs it is timed on, and refused a time
+if it is wrong.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,6 +40,11 @@ ATTENTION = {
 }
 SCALING = {f"N{n}": (32768 // n, 12, n, 64) for n in (2**e for e in range(8, 16))}
 
+TILES = [
+    (64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3),
+    (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 4, 2),
+]  # fmt: skip
+
 
 def attention_pipelines(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Tensor]]:
     """Every way to compute the skip of an attention layer, from q, k, v, x to out."""
@@ -59,7 +67,7 @@ def attention_pipelines(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Ten
     # dynamic=False: one kernel specialised for this shape, the best that compile can do.
     compiled_skip = torch.compile(skip, dynamic=False)
 
-    def triton() -> Tensor:
+    def attention_only() -> Tensor:
         return attention_forward(q, k, v, None, None, None, dim**-0.5, False)
 
     flash, cudnn = sdpa(SDPBackend.FLASH_ATTENTION), sdpa(SDPBackend.CUDNN_ATTENTION)
@@ -70,8 +78,8 @@ def attention_pipelines(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Ten
         "cudnn": cudnn,
         "cudnn_eager": lambda: skip(x, cudnn(), c_skip, c_out),
         "cudnn_compiled": lambda: compiled_skip(x, cudnn(), c_skip, c_out),
-        "triton": triton,
-        "triton_skip": lambda: rcmlib.rcm_skip(x, triton(), c_skip, c_out),
+        "triton": attention_only,
+        "triton_skip": lambda: rcmlib.rcm_skip(x, attention_only(), c_skip, c_out),
         "fused": lambda: rcmlib.rcm_attention(q, k, v, x, c_skip, c_out),
     }
 
@@ -114,6 +122,39 @@ def measure_attention(shapes: dict[str, tuple[int, ...]]) -> list[dict]:
         cases.append(_case(name, dict(zip("BHND", shape, strict=True)), times))
         del q, k, v, x, inputs, pipelines, right, some
         torch.compiler.reset()
+    return cases
+
+
+def measure_tiles() -> list[dict]:
+    """The fused kernel with other tiles than `choose_tile`'s."""
+    from triton.runtime.errors import OutOfResources
+
+    from rcmlib.ops import attention
+
+    def run(tile, inputs):
+        with mock.patch.object(
+            attention, "choose_tile", lambda *_: attention.Tile(*tile)
+        ):
+            return rcmlib.rcm_attention(*inputs)
+
+    cases = []
+    for name in ("seed", "D128_N8192"):
+        inputs = attention_inputs(*ATTENTION[name])
+        expected = rcmlib.rcm_attention(*inputs)
+        functions = {}
+        for tile in TILES:
+            label = "{} x {}, {} warps, {} stages".format(*tile)
+            try:
+                error = reference.relative_l2(run(tile, inputs), expected)
+            except OutOfResources as reason:
+                print(f"{name}: {label}: {reason}")
+                continue
+            if error < 0.01:
+                functions[label] = partial(run, tile, inputs)
+        times = timing.compare(functions)
+        cases.append(
+            _case(name, dict(zip("BHND", ATTENTION[name], strict=True)), times)
+        )
     return cases
 
 
@@ -176,6 +217,10 @@ SUITES: dict[str, tuple[str, Callable[[], list[dict]]]] = {
     "attention": (
         "Attention with the skip: two-pass pipelines and the fused kernel.",
         lambda: measure_attention(ATTENTION),
+    ),
+    "tiles": (
+        "The fused kernel with several tiles: rows x keys, warps a program, pipeline stages.",
+        measure_tiles,
     ),
     "scaling": (
         "The same at 32768 tokens in all (B·N), from many short sequences to one long one.",
