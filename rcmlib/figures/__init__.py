@@ -15,6 +15,7 @@ from rcmlib.figures.coefficients import (
 from rcmlib.figures.epilogue import (
     against_cudnn,
     dataflow,
+    headline,
     one_over_n,
     seed_times,
 )
@@ -29,19 +30,19 @@ from rcmlib.figures.tiles import (
 )
 
 __all__ = [
-    "seed_times",
-    "one_over_n",
-    "dataflow",
-    "against_cudnn",
     "PALETTE",
+    "against_cudnn",
     "attention_rates",
     "cancellation",
     "coefficients_over_time",
     "copy_ceiling",
+    "dataflow",
+    "headline",
     "launches",
     "ledger_boxes",
     "new_figure",
     "noise_levels",
+    "one_over_n",
     "one_ray",
     "photo_to_tokens",
     "programs_1d",
@@ -49,6 +50,7 @@ __all__ = [
     "rescaling",
     "saved_bytes",
     "score_memory",
+    "seed_times",
     "skip_cost",
     "skip_share",
     "three_places",

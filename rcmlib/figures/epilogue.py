@@ -26,36 +26,57 @@ ATTENTION_OF = {
 def dataflow():
     """Two panels: F crosses HBM twice in two passes, and never in one."""
     fig, axes = new_figure(7.4, 3.5, ncols=2)
-    titles = ("Two passes: F goes out and comes back", "Fused: F stays in registers")
-    for ax, title in zip(axes, titles, strict=True):
+    _draw_dataflow(*axes)
+    return fig
+
+
+def seed_times():
+    """Bars: each pipeline's time at the seed's row, attention and what the skip adds."""
+    fig, ax = new_figure(7.4, 3.2)
+    _draw_seed_times(ax)
+    return fig
+
+
+def headline():
+    """The idea above, the result below: the picture of the landing page and the README."""
+    fig, placeholder = new_figure(7.6, 6.4)
+    placeholder.remove()
+    above, below = fig.subfigures(2, 1)
+    _draw_dataflow(*above.subplots(1, 2))
+    _draw_seed_times(below.subplots())
+    return fig
+
+
+def _draw_dataflow(left, right):
+    titles = ("Two passes: F goes out and back", "Fused: F stays in registers")
+    for ax, title in zip((left, right), titles, strict=True):
         ax.set(xlim=(0, 10), ylim=(0, 7), title=title)
         ax.axis("off")
         ax.axhspan(0, 2.1, color="#F3F3F3")
         ax.text(0.15, 0.15, "HBM", color="#555555", fontsize=9)
         ax.text(0.15, 6.5, "on the chip", color="#555555", fontsize=9)
-    left, right = axes
     _box(left, 0.3, 4.2, 4.2, "attention", PALETTE["triton"])
     _box(left, 5.6, 4.2, 4.1, "skip", PALETTE["neutral"])
     _box(right, 1.4, 4.2, 7.2, "attention → skip", PALETTE["fused"])
-    for ax, items in (
-        (left, (("q k v", 0.9, "qkv", 1), ("F", 4.6, "f", 0), ("x", 6.6, "x", 1),
-                ("out", 8.8, "out", -1))),
-        (right, (("q k v", 2.2, "qkv", 1), ("x", 5.0, "x", 1), ("out", 7.8, "out", -1))),
-    ):  # fmt: skip
-        for name, x, colour, direction in items:
-            _box(ax, x - 0.75, 0.7, 1.5, name, PALETTE[colour], height=1.0)
-            if direction:
-                ends = ((x, 1.8), (x, 4.1)) if direction > 0 else ((x, 4.1), (x, 1.8))
-                _arrow(ax, *ends, PALETTE[colour])
+    for ax, name, x, colour, direction in (
+        (left, "q k v", 0.95, "qkv", "up"),
+        (left, "F", 4.6, "f", ""),
+        (left, "x", 6.6, "x", "up"),
+        (left, "out", 8.8, "out", "down"),
+        (right, "q k v", 2.2, "qkv", "up"),
+        (right, "x", 5.0, "x", "up"),
+        (right, "out", 7.8, "out", "down"),
+    ):
+        _box(ax, x - 0.75, 0.7, 1.5, name, PALETTE[colour], height=1.0)
+        if direction:
+            ends = [(x, 1.8), (x, 4.1)]
+            _arrow(ax, *(ends if direction == "up" else ends[::-1]), PALETTE[colour])
     _arrow(left, (3.4, 4.1), (4.3, 1.8), PALETTE["f"])
     _arrow(left, (5.0, 1.8), (6.0, 4.1), PALETTE["f"])
-    return fig
 
 
-def seed_times(case: str = "seed"):
-    """Bars: each pipeline's time at the seed's row, attention and what the skip adds."""
-    results = records.case("attention", case)["results"]
-    fig, ax = new_figure(7.4, 3.2)
+def _draw_seed_times(ax):
+    results = records.case("attention", "seed")["results"]
     names = list(LABELS)[::-1]
     for y, name in enumerate(names):
         full = results[name]["median_ms"]
@@ -69,8 +90,8 @@ def seed_times(case: str = "seed"):
         "GPU time (ms): attention alone in grey, what the skip adds in colour"
     )
     ax.set_xlim(0, max(r["median_ms"] for r in results.values()) * 1.18)
+    ax.set_title("B = 4, N = 2048, C = 768, 12 heads, bf16, H100")
     ax.grid(axis="y", visible=False)
-    return fig
 
 
 def one_over_n(law, asymptote):

@@ -106,12 +106,13 @@ def attention_kernel(q, k, v, x, out, c_skip, c_out, qk_scale, heads, q_len, kv_
     b64, n64 = tl.cast(b, tl.int64), rows.to(tl.int64)
     if x is not None:
         x_tile = x + b64 * stride_xb + n64 * stride_xn + h * D + d
-    # Where registers allow, x is fetched now: it arrives from HBM under the loop's shadow.
+    qt = load_rows(q, b, h, first_row, q_len, stride_qb, stride_qh, stride_qn,
+                   BLOCK_M, D, BLOCK_D, TMA, True)  # fmt: skip
+    # Where registers allow, x is fetched now and arrives in the loop's shadow. Not before q:
+    # all programs start together, and the loop would wait for x in the queue to HBM.
     EARLY: tl.constexpr = x is not None and TMA and BLOCK_D <= 64
     if EARLY:
         xt = tl.load(x_tile, mask=inside)
-    qt = load_rows(q, b, h, first_row, q_len, stride_qb, stride_qh, stride_qn,
-                   BLOCK_M, D, BLOCK_D, TMA, True)  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -130,7 +131,7 @@ def attention_kernel(q, k, v, x, out, c_skip, c_out, qk_scale, heads, q_len, kv_
                            qk_scale, stride_kb, stride_kh, stride_kn,
                            stride_vb, stride_vh, stride_vn,
                            BLOCK_N, D, TMA, CAUSAL, True, PRECISION)  # fmt: skip
-    f = acc / l[:, None]
+    f = acc * (1 / l)[:, None]
     if x is not None:
         if not EARLY:
             xt = tl.load(x_tile, mask=inside)
