@@ -15,6 +15,7 @@ from rcmlib import ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257)
+FLOAT32 = torch.finfo(torch.float32)
 
 
 def rcm_skip(
@@ -58,9 +59,12 @@ def rcm_attention(
     x and the result: [B, Nq, H·D], token layout. All of one dtype: float32 (IEEE products),
     float16 or bfloat16 (float32 accumulation, softmax and skip; one rounding at the end).
     c_skip, c_out: a number, or a floating tensor [B], one a sample.
-    scale: 1/√D unless given; positive. is_causal: query i sees keys 0 … i, as in SDPA.
+    scale: 1/√D unless given; positive. Scores (q·k times scale) up to about 1e8: beyond that
+    float32 cannot tell neighbours apart, and in float16 the weights may overflow.
+    is_causal: query i sees keys 0 … i, as in SDPA.
 
-    Where c_skip = 1 and c_out = 0 the result is x, bit for bit. There is no gradient yet.
+    Where c_skip = 1 and c_out = 0 the result is x, bit for bit.
+    There is no gradient yet: a backward pass through it raises a RuntimeError.
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     Specification: `rcmlib.reference.rcm_attention`. Equation: rCM, arXiv 2510.08431.
     """
@@ -96,8 +100,8 @@ def rcm_attention(
         scale = 1 / math.sqrt(head_dim)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    elif not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
+    elif not (FLOAT32.tiny < scale < FLOAT32.max / 2):
+        raise ValueError(f"scale must be positive and finite in float32, got {scale}")
     c_skip, c_out = _coefficients(c_skip, c_out, x)
     return torch.ops.rcmlib.attention(
         q, k, v, x, c_skip, c_out, float(scale), is_causal
@@ -149,7 +153,9 @@ def _launch(
         with torch.cuda.device(device):  # Triton launches on the current device
             return forward(*tensors, *args)
     if dtype == torch.bfloat16:
-        tensors = tuple(t.float() for t in tensors)
+        # Contiguous: strides of a view that overlaps itself are not kept by a conversion.
+        layout = {"memory_format": torch.contiguous_format}
+        tensors = tuple(t.to(torch.float32, **layout) for t in tensors)
     with np.errstate(all="ignore"):  # NaN and infinity are values here, not accidents
         return forward(*tensors, *args).to(dtype)
 

@@ -127,6 +127,34 @@ def test_keys_shared_by_the_heads_may_be_expanded(device):
     assert_close(out, reference.rcm_attention(q, k, v, x, c_skip, c_out), out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_and_keys_may_overlap_in_memory(dtype, device):
+    """A sliding window: token n of the view starts one number after token n - 1."""
+    _, _, v, x, c_skip, c_out = heads((1, 1, 20, 20, 16), dtype, device)
+    line = torch.linspace(-2, 2, 64).to(device=device, dtype=dtype)
+    q = k = line.as_strided((1, 1, 20, 16), (64, 64, 1, 1))
+    inputs = (q, k, v, x, c_skip, c_out)
+    out = rcmlib.rcm_attention(*inputs)
+    assert_close(out, reference.rcm_attention(*inputs), torch_attention(*inputs))
+
+
+@pytest.mark.gpu
+def test_strides_between_tokens_may_be_huge():
+    """Token stride 2²⁶ elements: row 40 of a tile lies beyond int32."""
+    storage = torch.zeros(40 * 2**26 + 16, device="cuda", dtype=torch.float16)
+    k = storage.as_strided((1, 1, 41, 16), (16, 16, 2**26, 1))
+    k.normal_()
+    q, _, v, x, c_skip, c_out = heads((1, 1, 20, 41, 16), torch.float16, "cuda")
+    inputs = (q, k, v, x, c_skip, c_out)
+    out = rcmlib.rcm_attention(*inputs)
+    assert_close(out, reference.rcm_attention(*inputs), torch_attention(*inputs))
+    unaligned = torch.zeros(41 * 16 + 1, device="cuda", dtype=torch.float16)[1:]
+    q = unaligned[: 20 * 16].view(1, 1, 20, 16).copy_(q)  # the pointer path
+    inputs = (q, k, v, x, c_skip, c_out)
+    out = rcmlib.rcm_attention(*inputs)
+    assert_close(out, reference.rcm_attention(*inputs), torch_attention(*inputs))
+
+
 def test_large_scores_do_not_overflow(device):
     q, k, v, x, c_skip, c_out = heads((1, 1, 40, 40, 16), torch.float32, device)
     inputs = (q * 1e4, k * 1e4, v, x, c_skip, c_out)

@@ -92,9 +92,21 @@ CASES = [  # the argument, what it becomes, the error, what the message says
         "scale",
         lambda _: -1.0,
         ValueError,
-        "scale must be positive and finite, got -1.0",
+        "scale must be positive and finite in float32, got",
     ),
     ("scale", lambda _: float("nan"), ValueError, "scale must be positive and finite"),
+    (
+        "scale",
+        lambda _: 1e-46,
+        ValueError,
+        "scale must be positive and finite in float32",
+    ),
+    (
+        "scale",
+        lambda _: 1e39,
+        ValueError,
+        "scale must be positive and finite in float32",
+    ),
     ("scale", lambda _: "1", TypeError, "scale must be a number or None, got str"),
 ]
 

@@ -24,9 +24,10 @@ from rcmlib.measure import records, timing
 
 METHOD = (
     "CUDA events around one call, L2 overwritten before each, the queue kept full; "
-    "implementations interleaved in rounds; median, 10th and 90th percentile. bf16, random "
-    "normal inputs, q, k, v views of one packed QKV, coefficients [B] in float64 (PyTorch's "
-    "pipelines cast them to bf16, inside the time). Each checked against float64 first."
+    "implementations interleaved in rounds of shuffled order; median, 10th and 90th "
+    "percentile. bf16, random normal inputs; q, k, v are views of one packed QKV; "
+    "coefficients [B] in float64 (PyTorch's pipelines cast them to bf16, inside the time). "
+    "Each checked against float64 first."
 )
 # name: (B, H, N, D)
 ATTENTION = {
@@ -117,8 +118,7 @@ def measure_attention(shapes: dict[str, tuple[int, ...]]) -> list[dict]:
                 right[label] = run
             else:
                 print(f"{name}: {label} is wrong (error {error:.2g}): not timed")
-        rounds = 5 if shape[2] <= 8192 else 3
-        times = timing.compare(right, rounds=rounds)
+        times = timing.compare(right)
         cases.append(_case(name, dict(zip("BHND", shape, strict=True)), times))
         del q, k, v, x, inputs, pipelines, right, some
         torch.compiler.reset()

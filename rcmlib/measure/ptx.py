@@ -64,10 +64,11 @@ def _compile(job: Job) -> Compiled:
     kernel, types, constants, options = globals()[f"_{job.kernel}"](job)
     names = kernel.arg_names
     # What a launch tells the compiler of aligned inputs: these are multiples of 16.
+    lengths = () if job.ragged else ("q_len", "kv_len", "rows", "cols")
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if kind.startswith("*") or name.startswith("stride")
+        if kind.startswith("*") or name.startswith("stride") or name in lengths
     }
     source = triton.compiler.ASTSource(
         kernel,

@@ -6,6 +6,7 @@ machine, a driver and a commit. `save` writes one; the rest reads.
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -107,9 +108,23 @@ def provenance() -> dict:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _run("git", "-C", str(FOLDER), "rev-parse", "--short=12", "HEAD"),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str:
+    """This clone's commit. A copy without its history is told by RCM_COMMIT."""
+    describe = (
+        "git",
+        "-C",
+        str(FOLDER),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    )
+    return os.environ.get("RCM_COMMIT") or _run(*describe)
 
 
 def _cudnn_version() -> str:

@@ -1,5 +1,6 @@
 """GPU times with CUDA events: cold L2, a full queue, medians with their spread."""
 
+import random
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 
 # Long enough for Python to queue the slowest launch path (eager PyTorch under a context
 # manager takes about 0.1 ms) while the GPU waits: times are the GPU's, not the interpreter's.
-QUEUE_CYCLES = 600_000  # about 0.35 ms
+QUEUE_CYCLES = 1_800_000  # about 1 ms
 
 
 class Timing(NamedTuple):
@@ -26,12 +27,13 @@ def time_ms(fn: Callable[[], object], repeats: int = 50) -> Timing:
 
 
 def compare(
-    functions: dict[str, Callable[[], object]], rounds: int = 5, repeats: int = 10
+    functions: dict[str, Callable[[], object]], rounds: int = 6, repeats: int = 10
 ) -> dict[str, Timing]:
-    """Times several functions in turn, `rounds` times, so that clock drift hits all alike.
+    """Times several functions in turn, `rounds` times, each round in another order.
 
-    Before each call the L2 cache is overwritten, as in a model where other layers ran in
-    between. rounds × repeats samples a function.
+    A GPU under load warms up and lowers its clock: in a fixed order, the last function would
+    pay for it. Before each call the L2 cache is overwritten, as in a model where other
+    layers ran in between. rounds × repeats samples a function.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("times are taken on a CUDA device, and there is none here")
@@ -40,9 +42,10 @@ def compare(
     for fn in functions.values():  # compile, allocate, warm up
         for _ in range(3):
             fn()
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, fn in functions.items():
-            samples[name] += _samples(fn, repeats, cache)
+        for name in order.sample(list(functions), len(functions)):
+            samples[name] += _samples(functions[name], repeats, cache)
     return {name: _summary(times) for name, times in samples.items()}
 
 

@@ -33,7 +33,7 @@ def load_rows(src, b, h, row, length, stride_b, stride_h, stride_n,
     if TMA:
         return src.load([b, h, row, 0]).reshape(ROWS, BLOCK_D)
     else:
-        r = tl.arange(0, ROWS)[:, None]
+        r = tl.arange(0, ROWS)[:, None].to(tl.int64)
         d = tl.arange(0, BLOCK_D)[None, :]
         head = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
         tile = src + head + tl.cast(row, tl.int64) * stride_n + (r * stride_n + d)
