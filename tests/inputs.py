@@ -28,6 +28,8 @@ def heads(shape, dtype, device, seed=0):
 
 def torch_attention(q, k, v, x, c_skip, c_out, **options):
     """The two-pass peer: PyTorch's attention and skip, all in the inputs' precision."""
+    # Copies: SDPA refuses some strides that rcm_attention takes.
+    q, k, v = (t.contiguous() for t in (q, k, v))
     f = reference.merge_heads(F.scaled_dot_product_attention(q, k, v, **options))
     return (
         reference.per_sample(c_skip, x).to(x.dtype) * x

@@ -150,8 +150,8 @@ def test_tensors_on_different_devices_are_refused():
         (torch.tensor(1.0), torch.tensor(1.0), ValueError, "x must not be empty"),
         (torch.ones(2, 3).long(), torch.ones(2, 3), TypeError, "x must be one of"),
         (
-            torch.ones(2, 6, 8)[..., ::2],
-            torch.ones(2, 6, 4),
+            torch.ones(2, 6, 8).mT,
+            torch.ones(2, 8, 6),
             ValueError,
             r"x must be viewable as \[B, R, C\] with a contiguous last",
         ),
