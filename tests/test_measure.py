@@ -107,3 +107,12 @@ def test_a_longer_kernel_takes_longer_times_only_relative(device):
         {"small": lambda: small @ small, "large": lambda: large @ large}
     )
     assert times["large"].median_ms > times["small"].median_ms
+
+
+def test_the_demo_runs_and_its_claims_hold():
+    command = [sys.executable, "-m", "rcmlib.demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "sample 0 has t = 0: equals x        True" in done.stdout
+    error = float(done.stdout.split("relative error against float64")[1].split()[0])
+    assert error < 5e-3
+    assert "fused" in done.stdout

@@ -62,7 +62,7 @@ def one_ray(sigma: float = 0.75):
     points = (
         (1, sigma, PALETTE["baseline"], "x = 2.5", (0.05, -0.04)),
         (math.cos(t), math.sin(t), PALETTE["out"], "x = 2.0", (-0.25, 0.05)),
-        (math.cos(t) / norm, math.sin(t) / norm, OUT, "x = 1.43", (0.05, -0.05)),
+        (math.cos(t) / norm, math.sin(t) / norm, OUT, "x = 1.43", (0.09, -0.02)),
     )
     for px, py, colour, label, (dx, dy) in points:
         ax.plot(px, py, "o", color=colour, ms=8)

@@ -131,7 +131,7 @@ def against_cudnn():
             for c in cases
         ]
         ax.plot(tokens, ratios, "o-", color=PALETTE[colour])
-        ax.annotate(f"D = {dim}", (tokens[-1], ratios[-1]), xytext=(8, -14),
+        ax.annotate(f"D = {dim}", (tokens[-1], ratios[-1]), xytext=(8, 5),
                     textcoords="offset points", color=PALETTE[colour])  # fmt: skip
     ax.axhline(1, color="#444444", linewidth=1)
     ax.text(40000, 1.006, "above: fused is faster", fontsize=9, va="bottom", ha="right")
