@@ -30,8 +30,9 @@ def rcm_skip(
 
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     """
-    _check_tensor("x", x, rank=None)
-    _check_like("f", f, x)
+    for name, t in (("x", x), ("f", f)):
+        _check_tensor(name, t, rank=None)
+    _check_like("f", f, "x", x)
     if f.shape != x.shape:
         raise ValueError(f"f must have x's shape {_dims(x)}, got {_dims(f)}")
     c_skip, c_out = _coefficients(c_skip, c_out, x)
@@ -68,10 +69,9 @@ def rcm_attention(
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     Specification: `rcmlib.reference.rcm_attention`. Equation: rCM, arXiv 2510.08431.
     """
-    _check_tensor("q", q, rank=4)
-    for name, t in (("k", k), ("v", v)):
-        _check_tensor(name, t, rank=4)
-        _check_like(name, t, q)
+    for name, t, rank in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("x", x, 3)):
+        _check_tensor(name, t, rank)
+        _check_like(name, t, "q", q)
     batch, heads, q_len, head_dim = q.shape
     kv_shape = (batch, heads, k.shape[2], head_dim)
     if k.shape != kv_shape:
@@ -84,8 +84,6 @@ def rcm_attention(
         raise ValueError(
             f"q must have a head dimension of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {head_dim}"
         )
-    _check_tensor("x", x, rank=3)
-    _check_like("x", x, q)
     if x.shape != (batch, q_len, heads * head_dim):
         raise ValueError(
             f"x must be [B, Nq, H*D] = [{batch}, {q_len}, {heads * head_dim}], got {_dims(x)}"
@@ -102,6 +100,8 @@ def rcm_attention(
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     elif not (FLOAT32.tiny < scale < FLOAT32.max / 2):
         raise ValueError(f"scale must be positive and finite in float32, got {scale}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
     c_skip, c_out = _coefficients(c_skip, c_out, x)
     return torch.ops.rcmlib.attention(
         q, k, v, x, c_skip, c_out, float(scale), is_causal
@@ -177,9 +177,7 @@ def _check_tensor(name: str, t: Tensor, rank: int | None) -> None:
         raise ValueError(f"{name} must not be empty, got {_dims(t)}")
 
 
-def _check_like(name: str, t: Tensor, first: Tensor) -> None:
-    first_name = "x" if name == "f" else "q"
-    _check_tensor(name, t, rank=None)
+def _check_like(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
     if t.dtype != first.dtype:
         raise TypeError(
             f"{name} must have {first_name}'s dtype {first.dtype}, got {t.dtype}"

@@ -162,6 +162,18 @@ def test_rcm_skip_refuses(x, f, error, message, device):
         rcmlib.rcm_skip(x.to(device), f.to(device), 0.5, 0.5)
 
 
+@pytest.mark.parametrize("device", ["mps", "meta", "xpu"])
+def test_a_device_that_triton_does_not_serve_is_refused(device):
+    with pytest.raises(ValueError, match="q must be on a CUDA device or the CPU, got"):
+        rcmlib.ops.check_device("q", torch.device(device))
+
+
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ValueError, match="compute capability 8.0 .* or newer, got 7.5"):
+        rcmlib.ops.check_device("q", torch.device("cuda"))
+
+
 def test_a_cpu_tensor_is_refused_where_triton_compiles_for_a_gpu():
     code = "import torch, rcmlib; x = torch.ones(2, 3);rcmlib.rcm_skip(x, x, 1.0, 0.0)"
     error = _run(code, TRITON_INTERPRET="0")

@@ -37,9 +37,19 @@ def interpreting() -> bool:
 
 
 def check_device(name: str, device: torch.device) -> None:
-    """ValueError unless Triton can launch a kernel on tensors of this device."""
+    """ValueError unless Triton can launch a kernel on tensors of this device.
+
+    Compute capability 8.0 is the first with bfloat16 and the first tested here.
+    """
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"{name} must be on a CUDA device or the CPU, got {device}")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ValueError(
+                f"{name} must be on a GPU of compute capability 8.0 (A100) or newer, "
+                f"got {'.'.join(map(str, capability))}"
+            )
     if not interpreting() and device.type == "cpu":
         raise ValueError(
             f"{name} is on the CPU, but Triton was loaded to compile for a GPU; move the "

@@ -152,12 +152,13 @@ class Tile(NamedTuple):
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """The tile for a GPU of this compute capability; chapter 6 shows what was tried.
+    """The tile for a GPU of this compute capability, without a register spilled on any.
 
-    float32 uses the ordinary FMA units (IEEE products), so tiles small enough for registers.
-    On sm_90 and sm_100 (227 KiB of shared memory) two or three programs share an SM and one
-    computes scores while another exponentiates. The others have 99 to 163 KiB. No choice
-    spills registers, on any architecture (tests/test_compilation.py).
+    D ≤ 128 on sm_90 was measured (chapter 6); the other lines compile without spills
+    (tests/test_compilation.py). float32 uses the ordinary FMA units, for IEEE products,
+    and keeps its operands in registers, so its tiles are small. sm_90 and sm_100 have
+    227 KiB of shared memory, enough for two or three programs on an SM; sm_89 and sm_120
+    have 99.
     """
     block_d = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
