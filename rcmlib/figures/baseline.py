@@ -58,6 +58,7 @@ def noise_levels(rows: dict[str, list], levels, c_skip, c_out) -> Figure:
     """One column a noise level, one row a stage: lists of [H, W, 3] pictures."""
     size = {"nrows": len(rows), "ncols": len(levels)}
     fig, axes = new_figure(7.0, 0.7 + 1.65 * len(rows), **size)
+    fig.set_dpi(95)  # noise does not compress: every dot counts in the notebook's size
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for ax, picture in zip(line, pictures, strict=True):
             ax.imshow(picture)
