@@ -224,9 +224,7 @@ def _rows_of_samples(name: str, t: Tensor) -> Tensor:
     """t [B, …] as a view [B, 1, M] if its samples are dense, else [B, R, C]."""
     batch = t.shape[0]
     if t[0].is_contiguous():
-        return (
-            t.reshape(batch, 1, -1) if t.is_contiguous() else t.flatten(1).unsqueeze(1)
-        )
+        return t.view(batch, 1, -1)
     try:
         rows = t.view(batch, -1, t.shape[-1])
     except RuntimeError:

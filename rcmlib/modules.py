@@ -51,8 +51,12 @@ class _RCMAttention(nn.Module):
             raise ValueError(
                 f"t must be a number or of shape [{x.shape[0]}], got {list(t.shape)}"
             )
-        c = edm(torch.as_tensor(t, device=x.device), self.sigma_data)
-        return c.c_skip.to(x.dtype).view(-1, 1, 1), c.c_out.to(x.dtype).view(-1, 1, 1)
+        c = edm(t, self.sigma_data)
+        c_skip, c_out = (
+            torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+            for value in (c.c_skip, c.c_out)
+        )
+        return c_skip, c_out
 
 
 class BaselineRCMAttention(_RCMAttention):

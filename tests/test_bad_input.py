@@ -218,6 +218,12 @@ def test_modules_refuse(module):
         layer(torch.ones(2, 3, 9), 0.5)
     with pytest.raises(ValueError, match=r"t must be a number or of shape \[2\]"):
         layer(torch.ones(2, 3, 8), torch.ones(3))
+    with pytest.raises(ValueError, match=r"t must be finite and in \[0, inf\], got -1"):
+        layer(torch.ones(2, 3, 8), -1.0)
+    with pytest.raises(
+        TypeError, match="t must be a number or a torch.Tensor, got str"
+    ):
+        layer(torch.ones(2, 3, 8), "1")
 
 
 def _run(code: str, **environment: str) -> str:

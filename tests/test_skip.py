@@ -77,6 +77,13 @@ def test_a_slice_of_the_channels_is_used_in_place(device):
     assert torch.equal(rcmlib.rcm_skip(x[..., :10], dense, 0.2, 0.4), out)
 
 
+def test_every_second_element_of_a_vector_is_used_in_place(device):
+    """One number a sample: [B], with a gap between the samples."""
+    x, f = pair((10,), torch.float32, device)
+    out = rcmlib.rcm_skip(x[::2], f[1::2], 0.2, 0.4)
+    assert_close(out, reference.skip(x[::2], f[1::2], 0.2, 0.4), out)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_at_t_zero_the_result_is_x_bit_for_bit(dtype, device):
     x, f = pair((2, 40), dtype, device)

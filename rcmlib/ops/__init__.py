@@ -4,6 +4,7 @@ It imports no Triton: coefficients, references and the PyTorch modules work on p
 have none, and the kernel files are imported by the first call that launches one.
 """
 
+import functools
 import importlib.util
 import os
 import sys
@@ -21,6 +22,7 @@ def set_interpreter_default() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@functools.cache  # fixed when Triton is imported, and asked at every launch
 def interpreting() -> bool:
     """Does Triton's interpreter run the kernels of this process? Imports Triton."""
     if importlib.util.find_spec("triton") is None:
