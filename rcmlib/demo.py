@@ -58,10 +58,10 @@ def main() -> None:
         for name, result in measured.items():
             print(f"  {name:<32}  {result.median_ms:8.3f} ms")
     else:
-        print(
-            "  not here: the interpreter's times mean nothing. Stored, B=4 H=12 N=2048 D=64:"
-        )
-        for name, result in records.case("attention", "seed")["results"].items():
+        stored = records.case("attention", "seed")
+        shape = " ".join(f"{name}={stored[name]}" for name in "BHND")
+        print(f"  not here: the interpreter's times mean nothing. Stored, {shape}:")
+        for name, result in stored["results"].items():
             print(f"  {name:<32}  {result['median_ms']:8.3f} ms")
         print(f"  on {records.machine()}")
 

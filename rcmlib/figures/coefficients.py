@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import torch
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch
 
 from rcmlib.coefficients import edm, rectified_flow, trigflow
-from rcmlib.figures.style import PALETTE, new_figure
+from rcmlib.figures.style import PALETTE, arrow, new_figure
 
 SKIP, OUT = PALETTE["x"], PALETTE["f"]  # c_skip weighs x, c_out weighs F
 
@@ -141,13 +141,6 @@ def _box(x, y, width, height, fill, edge, **kw):
     return FancyBboxPatch((x, y), width, height, style, fc=fill, ec=edge, lw=1.4, **kw)
 
 
-def _arrow(ax, start, end, colour="black", **kw):
-    ax.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour,
-                        lw=1.4, shrinkA=0, shrinkB=0, **kw)
-    )  # fmt: skip
-
-
 def _lane(ax, y, title, boxes, labels):
     start, skip, out, name, end = labels
     adder, width, at = 9.6, 1.55, 0.62
@@ -157,18 +150,18 @@ def _lane(ax, y, title, boxes, labels):
         fill = PALETTE["qkv"] if label == "attention" else "#E8F0F7"
         ax.add_patch(_box(x, y - 0.42, width, 0.84, fill, "#5F6B76"))
         ax.text(x + width / 2, y, label, ha="center", va="center", fontsize=9)
-        _arrow(ax, (at, y), (x, y))
+        arrow(ax, (at, y), (x, y))
         at = x + width
-    _arrow(ax, (at, y), (adder - 0.24, y), OUT)
+    arrow(ax, (at, y), (adder - 0.24, y), OUT)
     middle = (at + adder - 0.3) / 2
     ax.text(middle, y + 0.1, out, ha="center", va="bottom", fontsize=9, color=OUT)
     ax.text(middle, y - 0.13, name, ha="center", va="top", fontsize=9, color=OUT)
     ax.plot([0.3, 0.3, adder], [y + 0.35, y + 1.1, y + 1.1], color=SKIP, lw=1.6)
-    _arrow(ax, (adder, y + 1.12), (adder, y + 0.24), SKIP)
+    arrow(ax, (adder, y + 1.12), (adder, y + 0.24), SKIP)
     ax.text(5.0, y + 1.14, skip, ha="center", va="bottom", fontsize=9, color=SKIP)
     ax.plot(adder, y, "o", ms=15, mfc="white", mec="black")
     ax.text(adder, y - 0.02, "+", ha="center", va="center", fontsize=12)
-    _arrow(ax, (adder + 0.24, y), (adder + 0.8, y))
+    arrow(ax, (adder + 0.24, y), (adder + 0.8, y))
     ax.text(
         adder + 0.88,
         y,

@@ -1,8 +1,8 @@
 """Chapter 6: where F lives, what the fused kernel costs, and the 1/N law."""
 
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch
 
-from rcmlib.figures.style import PALETTE, new_figure
+from rcmlib.figures.style import PALETTE, arrow, new_figure
 from rcmlib.measure import records
 
 LABELS = {
@@ -70,13 +70,17 @@ def _draw_dataflow(left, right):
         _box(ax, x - 0.75, 0.7, 1.5, name, PALETTE[colour], height=1.0)
         if direction:
             ends = [(x, 1.8), (x, 4.1)]
-            _arrow(ax, *(ends if direction == "up" else ends[::-1]), PALETTE[colour])
-    _arrow(left, (3.4, 4.1), (4.3, 1.8), PALETTE["f"])
-    _arrow(left, (5.0, 1.8), (6.0, 4.1), PALETTE["f"])
+            arrow(
+                ax, *(ends if direction == "up" else ends[::-1]), PALETTE[colour], lw=2
+            )
+    arrow(left, (3.4, 4.1), (4.3, 1.8), PALETTE["f"], lw=2)
+    arrow(left, (5.0, 1.8), (6.0, 4.1), PALETTE["f"], lw=2)
 
 
 def _draw_seed_times(ax):
-    results = records.case("attention", "seed")["results"]
+    case = records.case("attention", "seed")
+    device = records.record("attention")["provenance"]["device"]
+    results = case["results"]
     names = list(LABELS)[::-1]
     for y, name in enumerate(names):
         full = results[name]["median_ms"]
@@ -90,7 +94,7 @@ def _draw_seed_times(ax):
         "GPU time (ms): attention alone in grey, what the skip adds in colour"
     )
     ax.set_xlim(0, max(r["median_ms"] for r in results.values()) * 1.18)
-    ax.set_title("B = 4, N = 2048, C = 768, 12 heads, bf16, H100")
+    ax.set_title("B = {B}, N = {N}, {H} heads of {D}, bf16, {0}".format(device, **case))
     ax.grid(axis="y", visible=False)
 
 
@@ -114,7 +118,8 @@ def one_over_n(law, asymptote):
     ax.axhline(0, color="#888888", linewidth=0.8)
     ax.set_xscale("log", base=2)
     ax.set(xticks=tokens, xticklabels=[f"{n}" for n in tokens], ylim=(-6, 45))
-    ax.set_xlabel("sequence length N (32 768 tokens in all)")
+    total = f"{cases[0]['B'] * tokens[0]:,}".replace(",", " ")
+    ax.set_xlabel(f"sequence length N ({total} tokens in all)")
     ax.set_ylabel("two-pass time over fused, − 1 (%)")
     ax.legend()
     return fig
@@ -150,11 +155,3 @@ def _box(ax, x, y, width, text, colour, height=1.6):
     ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, color=colour))
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", color="white",
             fontweight="bold")  # fmt: skip
-
-
-def _arrow(ax, start, end, colour):
-    ax.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=13, color=colour, lw=2
-        )
-    )

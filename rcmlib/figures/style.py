@@ -5,6 +5,7 @@ told apart by colour-blind readers; backgrounds are opaque white, so figures rea
 """
 
 import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch
 
 PALETTE = {
     "qkv": "#56B4E9",  # tensors
@@ -47,3 +48,9 @@ def new_figure(width: float = 7.0, height: float = 3.5, **subplots):
     fig, axes = plt.subplots(figsize=(width, height), layout="constrained", **subplots)
     fig.patch.set_alpha(1.0)
     return fig, axes
+
+
+def arrow(ax, start, stop, colour="black", **look):
+    """An arrow from start to stop, in data coordinates and the book's style."""
+    look = {"lw": 1.4, "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0} | look
+    ax.add_patch(FancyArrowPatch(start, stop, arrowstyle="-|>", color=colour, **look))

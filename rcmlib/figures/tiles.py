@@ -1,8 +1,8 @@
 """Chapter 5: the rescaling, tiles in flight, the score matrix's memory, measured rates."""
 
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.patches import Rectangle
 
-from rcmlib.figures.style import PALETTE, new_figure
+from rcmlib.figures.style import PALETTE, arrow, new_figure
 
 P = PALETTE
 
@@ -75,7 +75,7 @@ def tiles_in_flight():
         for i in range(5):
             _strip_tile(ax, 0.5 + 0.52 * i, y, colour, i == chosen)
     for y in (3.05, 1.7):
-        _arrow(ax, (1.6, y + 1.02), (3.05, y + 1.02))
+        arrow(ax, (1.6, y + 1.02), (3.05, y + 1.02))
         ax.text(1.52, y + 1.02, "streams", fontsize=7.5, ha="right", va="center")
 
     for name, y, note in (
@@ -84,22 +84,22 @@ def tiles_in_flight():
         ("V tile", 1.6, "replaced each step"),
     ):
         _box(ax, 3.95, y, 1.8, 1.0, P["qkv"], name, note)
-        _arrow(ax, (3.12, y + 0.5), (3.93, y + 0.5))
+        arrow(ax, (3.12, y + 0.5), (3.93, y + 0.5))
     _box(ax, 6.75, 3.55, 1.35, 1.35, "#F0E442", "S, then P", "one tile only")
     _box(ax, 8.5, 3.55, 0.5, 1.35, "#FFFFFF", "m", "")
     _box(ax, 9.2, 3.55, 0.5, 1.35, "#FFFFFF", "ℓ", "")
     ax.text(9.1, 5.0, "one number a row", fontsize=7.5, ha="center")
     _box(ax, 7.6, 1.55, 2.1, 1.1, P["f"], "acc", "the sum of P V")
-    _arrow(ax, (5.77, 4.8), (6.73, 4.55))
-    _arrow(ax, (5.77, 3.45), (6.73, 3.95))
+    arrow(ax, (5.77, 4.8), (6.73, 4.55))
+    arrow(ax, (5.77, 3.45), (6.73, 3.95))
     ax.text(6.2, 4.25, "Q Kᵀ", fontsize=8.5, ha="center", va="center")
-    _arrow(ax, (5.77, 2.1), (7.58, 2.1))
-    _arrow(ax, (7.45, 3.53), (7.95, 2.67))
+    arrow(ax, (5.77, 2.1), (7.58, 2.1))
+    arrow(ax, (7.45, 3.53), (7.95, 2.67))
     ax.text(6.95, 2.75, "P V", fontsize=8.5, ha="center", va="center")
-    _arrow(ax, (8.75, 3.53), (8.75, 2.67))
+    arrow(ax, (8.75, 3.53), (8.75, 2.67))
     ax.text(8.87, 3.1, "rescale", fontsize=8.5, va="center")
     ax.plot([8.65, 8.65], [1.55, 0.7], color=P["f"], lw=1.8)
-    _arrow(ax, (8.66, 0.7), (3.15, 0.7), P["f"])
+    arrow(ax, (8.66, 0.7), (3.15, 0.7), P["f"])
     ax.text(4.85, 0.42, "acc / ℓ, written once", color=P["f"], fontsize=8.5, ha="center",
             va="center", weight="bold")  # fmt: skip
     ax.set(xlim=(-0.05, 10.05), ylim=(-0.05, 6.4))
@@ -122,15 +122,6 @@ def _box(ax, x, y, width, height, colour, name, note):
     middle = (x + width / 2, y + height / 2)
     ax.text(middle[0], middle[1] + shift, name, ha="center", va="center", weight="bold")
     ax.text(middle[0], middle[1] - 0.24, note, ha="center", va="center", fontsize=7.5)
-
-
-def _arrow(ax, start, stop, colour="black"):
-    ax.add_patch(
-        FancyArrowPatch(
-            start, stop, arrowstyle="-|>", mutation_scale=11, lw=1.4, color=colour,
-            shrinkA=0, shrinkB=0,
-        )
-    )  # fmt: skip
 
 
 def score_memory(tokens, matrix_bytes, tile_bytes, memory_bytes, device_name):

@@ -2,8 +2,8 @@
 
 Suites: ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention, tiles and
 scaling (chapter 6: the table, the choice of tiles, the 1/N law). Each writes one record. Every
-implementation is compared with float64 on the very inputs it is timed on, and refused a time
-if it is wrong.
+implementation of the skip is checked first, on the very inputs it is timed on, and refused a
+time if it is wrong; the record's method says against what.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -22,13 +23,16 @@ import rcmlib
 from rcmlib import reference
 from rcmlib.measure import records, timing
 
-METHOD = (
+TIMING = (
     "CUDA events around one call, L2 overwritten before each, the queue kept full; "
     "implementations interleaved in rounds of shuffled order; median, 10th and 90th "
-    "percentile. bf16, random normal inputs; q, k, v are views of one packed QKV; "
-    "coefficients [B] in float64 (PyTorch's pipelines cast them to bf16, inside the time). "
-    "Each checked against float64 first."
+    "percentile."
 )
+INPUTS = (
+    "bf16, random normal inputs; q, k, v are views of one packed QKV; "
+    "coefficients [B] in float64 (PyTorch's pipelines cast them to bf16, inside the time)."
+)
+THREE_ROWS = "Three query rows of each checked against float64 first."
 # name: (B, H, N, D)
 ATTENTION = {
     "N1024": (4, 12, 1024, 64),
@@ -40,11 +44,22 @@ ATTENTION = {
     "D128_N32768": (1, 12, 32768, 128),
 }
 SCALING = {f"N{n}": (32768 // n, 12, n, 64) for n in (2**e for e in range(8, 16))}
-
+ATTENTION_ALONE = ("flash", "cudnn", "triton")
 TILES = [
     (64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3),
     (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 4, 2),
 ]  # fmt: skip
+
+
+def eager_skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
+    """The skip as PyTorch users write it: coefficients [B] in x's dtype, broadcast."""
+    c_skip, c_out = (c.to(x.dtype).view(-1, 1, 1) for c in (c_skip, c_out))
+    return c_skip * x + c_out * f
+
+
+def compile_skip() -> Callable[..., Tensor]:
+    """`eager_skip` compiled for one shape, the best that torch.compile can do."""
+    return torch.compile(eager_skip, dynamic=False)
 
 
 def attention_pipelines(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Tensor]]:
@@ -61,12 +76,7 @@ def attention_pipelines(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Ten
 
         return run
 
-    def skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
-        c_skip, c_out = (c.to(x.dtype).view(-1, 1, 1) for c in (c_skip, c_out))
-        return c_skip * x + c_out * f
-
-    # dynamic=False: one kernel specialised for this shape, the best that compile can do.
-    compiled_skip = torch.compile(skip, dynamic=False)
+    compiled_skip = compile_skip()
 
     def attention_only() -> Tensor:
         return attention_forward(q, k, v, None, None, None, dim**-0.5, False)
@@ -74,10 +84,10 @@ def attention_pipelines(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Ten
     flash, cudnn = sdpa(SDPBackend.FLASH_ATTENTION), sdpa(SDPBackend.CUDNN_ATTENTION)
     return {
         "flash": flash,
-        "flash_eager": lambda: skip(x, flash(), c_skip, c_out),
+        "flash_eager": lambda: eager_skip(x, flash(), c_skip, c_out),
         "flash_compiled": lambda: compiled_skip(x, flash(), c_skip, c_out),
         "cudnn": cudnn,
-        "cudnn_eager": lambda: skip(x, cudnn(), c_skip, c_out),
+        "cudnn_eager": lambda: eager_skip(x, cudnn(), c_skip, c_out),
         "cudnn_compiled": lambda: compiled_skip(x, cudnn(), c_skip, c_out),
         "triton": attention_only,
         "triton_skip": lambda: rcmlib.rcm_skip(x, attention_only(), c_skip, c_out),
@@ -105,15 +115,12 @@ def measure_attention(shapes: dict[str, tuple[int, ...]]) -> list[dict]:
         pipelines = attention_pipelines(*inputs)
         rows = torch.tensor([0, shape[2] // 2, shape[2] - 1], device="cuda")
         some = (q[:, :, rows], k, v, x[:, rows])
-        ref = {
-            True: reference.rcm_attention(*some, c_skip, c_out),
-            False: reference.rcm_attention(*some, 0.0, 1.0),
-        }
+        with_skip = reference.rcm_attention(*some, c_skip, c_out)
+        alone = reference.rcm_attention(*some, 0.0, 1.0)
         right = {}
         for label, run in pipelines.items():
-            error = reference.relative_l2(
-                run()[:, rows], ref[label not in ("flash", "cudnn", "triton")]
-            )
+            ref = alone if label in ATTENTION_ALONE else with_skip
+            error = reference.relative_l2(run()[:, rows], ref)
             if error < 0.01:
                 right[label] = run
             else:
@@ -159,21 +166,18 @@ def measure_tiles() -> list[dict]:
 
 
 def measure_skip() -> list[dict]:
-    def skip(x, f, c_skip, c_out):
-        c_skip, c_out = (c.to(x.dtype).view(-1, 1, 1) for c in (c_skip, c_out))
-        return c_skip * x + c_out * f
-
     cases = []
     for tokens in (1024, 2048, 8192, 32768):
         _, _, _, x, c_skip, c_out = attention_inputs(4, 1, tokens, 768)
-        f, target = torch.randn_like(x), torch.empty(x.numel() * 3 // 2, dtype=x.dtype)
-        source, target = (target.to("cuda").clone() for _ in range(2))
-        compiled = torch.compile(skip, dynamic=False)
+        f = torch.randn_like(x)
+        source, target = torch.empty(
+            2, x.numel() * 3 // 2, device="cuda", dtype=x.dtype
+        )
         functions = {
-            "copy": lambda s=source, t=target: t.copy_(s),
-            "eager": lambda a=(x, f, c_skip, c_out): skip(*a),
-            "compiled": lambda a=(x, f, c_skip, c_out), g=compiled: g(*a),
-            "triton": lambda a=(x, f, c_skip, c_out): rcmlib.rcm_skip(*a),
+            "copy": partial(target.copy_, source),
+            "eager": partial(eager_skip, x, f, c_skip, c_out),
+            "compiled": partial(compile_skip(), x, f, c_skip, c_out),
+            "triton": partial(rcmlib.rcm_skip, x, f, c_skip, c_out),
         }
         ref = reference.skip(x, f, c_skip, c_out)
         for label in ("eager", "compiled", "triton"):
@@ -204,26 +208,39 @@ def measure_ceilings() -> list[dict]:
     ]
 
 
-SUITES: dict[str, tuple[str, Callable[[], list[dict]]]] = {
-    "ceilings": (
+class Suite(NamedTuple):
+    """What one record holds, how it was taken (beside TIMING), and what takes it."""
+
+    what: str
+    method: str
+    run: Callable[[], list[dict]]
+
+
+SUITES = {
+    "ceilings": Suite(
         "The machine's ceilings: a 1 GiB device-to-device copy (bytes read and written) and "
         "an 8192³ bf16 matrix product on random data.",
+        "PyTorch's own copy_ and matmul, not checked.",
         measure_ceilings,
     ),
-    "skip": (
+    "skip": Suite(
         "The skip alone, B=4, C=768: a copy of as many bytes, eager, compiled, Triton.",
+        f"{INPUTS} Each skip checked against float64 first.",
         measure_skip,
     ),
-    "attention": (
+    "attention": Suite(
         "Attention with the skip: two-pass pipelines and the fused kernel.",
+        f"{INPUTS} {THREE_ROWS}",
         lambda: measure_attention(ATTENTION),
     ),
-    "tiles": (
+    "tiles": Suite(
         "The fused kernel with several tiles: rows x keys, warps a program, pipeline stages.",
+        f"{INPUTS} Each checked first against the tile that rcmlib chooses.",
         measure_tiles,
     ),
-    "scaling": (
+    "scaling": Suite(
         "The same at 32768 tokens in all (B·N), from many short sequences to one long one.",
+        f"{INPUTS} {THREE_ROWS}",
         lambda: measure_attention(SCALING),
     ),
 }
@@ -253,11 +270,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here, so nothing can be measured; the stored records are "
                  f"in {records.FOLDER.name}/: {', '.join(records.names())}")  # fmt: skip
-    for suite in options.suite:
-        what, run = SUITES[suite]
-        cases = run()
-        records.save(suite, what, METHOD, cases, options.out)
-        print(f"{suite}: {what}\n{table(cases)}\n")
+    for name in options.suite:
+        suite = SUITES[name]
+        cases = suite.run()
+        method = f"{TIMING} {suite.method}"
+        records.save(name, suite.what, method, cases, options.out)
+        print(f"{name}: {suite.what}\n{table(cases)}\n")
 
 
 if __name__ == "__main__":

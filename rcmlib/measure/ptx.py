@@ -61,7 +61,7 @@ def _compile(job: Job) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel, types, constants, options = globals()[f"_{job.kernel}"](job)
+    kernel, types, constants, options = KERNELS[job.kernel](job)
     names = kernel.arg_names
     # What a launch tells the compiler of aligned inputs: these are multiples of 16.
     lengths = () if job.ragged else ("q_len", "kv_len", "rows", "cols")
@@ -125,6 +125,9 @@ def _skip(job: Job):
     types |= dict.fromkeys(("x", "f", "out"), "*" + TYPES[job.dtype])
     types |= {"c_skip": "*fp64", "c_out": "*fp64"}
     return skip_kernel, types, {"BLOCK_R": 1, "BLOCK_C": TILE, "PER_SAMPLE": True}, {}
+
+
+KERNELS = {"attention": _attention, "skip": _skip}
 
 
 def _assemble(ptx: str, capability: int) -> tuple[int, int]:
