@@ -26,15 +26,29 @@ def heads(shape, dtype, device, seed=0):
     return q, k, v, x, c_skip, c_out
 
 
+def torch_skip(x, f, c_skip, c_out):
+    """The skip's peer: PyTorch, all in x's precision."""
+    return (
+        reference.per_sample(c_skip, x).to(x.dtype) * x
+        + reference.per_sample(c_out, x).to(x.dtype) * f
+    )
+
+
+def poison_empty(monkeypatch):
+    """torch.empty returns NaN, so that an element nobody writes shows."""
+
+    def poisoned(size, **kwargs):
+        return torch.full(size, float("nan"), **kwargs)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
 def torch_attention(q, k, v, x, c_skip, c_out, **options):
     """The two-pass peer: PyTorch's attention and skip, all in the inputs' precision."""
     # Copies: SDPA refuses some strides that rcm_attention takes.
     q, k, v = (t.contiguous() for t in (q, k, v))
     f = reference.merge_heads(F.scaled_dot_product_attention(q, k, v, **options))
-    return (
-        reference.per_sample(c_skip, x).to(x.dtype) * x
-        + reference.per_sample(c_out, x).to(x.dtype) * f
-    )
+    return torch_skip(x, f, c_skip, c_out)
 
 
 def assert_close(out, ref, peer):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import rcmlib
 from rcmlib import reference
 from rcmlib.ops import attention
-from tests.inputs import DTYPES, assert_close, heads, torch_attention
+from tests.inputs import DTYPES, assert_close, heads, poison_empty, torch_attention
 
 SHAPES = [  # (B, H, Nq, Nkv, D)
     (1, 1, 1, 1, 16),  # one token
@@ -49,10 +49,7 @@ def test_any_length_head_dimension_and_scale_will_do(shape, is_causal, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_element_of_the_result_is_written(dtype, device, monkeypatch):
-    def poisoned(*args, **kwargs):
-        return torch.full(*args[:1], float("nan"), **kwargs)
-
-    monkeypatch.setattr(attention.torch, "empty", poisoned)
+    poison_empty(monkeypatch)
     for shape in SHAPES:
         inputs = heads(shape, dtype, device)
         assert torch.isfinite(rcmlib.rcm_attention(*inputs)).all()
