@@ -11,7 +11,12 @@ set_interpreter_default()  # before anything imports Triton
 
 from rcmlib import reference  # noqa: E402
 from rcmlib.coefficients import Coefficients, edm, rectified_flow, trigflow  # noqa: E402
-from rcmlib.functional import rcm_attention, rcm_skip  # noqa: E402
+from rcmlib.functional import (  # noqa: E402
+    gated_projection,
+    rcm_attention,
+    rcm_projection,
+    rcm_skip,
+)
 from rcmlib.modules import BaselineRCMAttention, FusedRCMAttention  # noqa: E402
 
 __all__ = [
@@ -19,7 +24,9 @@ __all__ = [
     "Coefficients",
     "FusedRCMAttention",
     "edm",
+    "gated_projection",
     "rcm_attention",
+    "rcm_projection",
     "rcm_skip",
     "rectified_flow",
     "reference",

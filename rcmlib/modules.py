@@ -1,14 +1,21 @@
 """rCM attention as torch.nn modules: f(x, t) = c_skip(t)·x + c_out(t)·proj(attention(x)).
 
-Both share one state_dict layout (`qkv.weight`, `qkv.bias`, `proj.weight`, `proj.bias`), so
-weights move between them unchanged. Plain PyTorch: they run on any device.
+    BaselineRCMAttention      attention, projection, skip: PyTorch, the two-pass baseline
+    FusedRCMAttention         the same, the skip as one PyTorch expression
+    TritonFusedRCMAttention   two kernels of ours: attention, projection with the skip inside
+    TransformerBlock          such an attention, then an MLP with its residual
+
+x [B, N, dim], noise level t a number or [B] -> [B, N, dim]. The three share one state_dict
+layout (`qkv.weight`, `qkv.bias`, `proj.weight`, `proj.bias`), so weights move between them
+unchanged. `rcmlib.integrate.fuse` turns a model that has them into its fused form.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmlib.coefficients import edm
+from rcmlib.coefficients import Coefficients, edm
+from rcmlib.functional import attention, rcm_attention, rcm_projection
 
 
 class _RCMAttention(nn.Module):
@@ -29,29 +36,32 @@ class _RCMAttention(nn.Module):
         edm(0.0, sigma_data)  # raises if sigma_data is not a positive number
         self.num_heads = num_heads
         self.sigma_data = sigma_data
+        # Attention sees norm(x), the skip carries x: a pre-norm block sets a LayerNorm here.
+        self.norm = nn.Identity()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, H, N, D]: strided views of one packed [B, N, 3, H, D] projection."""
-        if x.ndim != 3 or x.shape[-1] != self.proj.in_features:
-            raise ValueError(
-                f"x must be [B, N, {self.proj.in_features}], got {list(x.shape)}"
-            )
+        _check_tokens(x, self.qkv.in_features)
         batch, tokens, dim = x.shape
-        packed = self.qkv(x).view(
+        packed = self.qkv(self.norm(x)).view(
             batch, tokens, 3, self.num_heads, dim // self.num_heads
         )
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def coefficients(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        """EDM's c_skip and c_out in x's dtype, shaped [B, 1, 1] or [1, 1, 1]."""
+    def exact_coefficients(self, x: Tensor, t: float | Tensor) -> Coefficients:
+        """EDM's coefficients in float64: numbers, or tensors of t's shape and device."""
         if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
             raise ValueError(
                 f"t must be a number or of shape [{x.shape[0]}], got {list(t.shape)}"
             )
-        c = edm(t, self.sigma_data)
+        return edm(t, self.sigma_data)
+
+    def coefficients(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """EDM's c_skip and c_out in x's dtype, shaped [B, 1, 1] or [1, 1, 1]."""
+        c = self.exact_coefficients(x, t)
         c_skip, c_out = (
             torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, 1, 1)
             for value in (c.c_skip, c.c_out)
@@ -103,3 +113,96 @@ class FusedRCMAttention(_RCMAttention):
         f = self.proj(attended.transpose(1, 2).reshape(x.shape))
         c_skip, c_out = self.coefficients(x, t)
         return torch.addcmul(c_skip * x, c_out, f)
+
+
+class TritonFusedRCMAttention(_RCMAttention):
+    """Attention in one kernel, the output projection with the skip in its epilogue in another.
+
+    The projection stands between attention and skip, so the skip rides on the projection.
+    out_proj=False leaves the projection out (no `proj.*` in the state_dict): then the skip
+    rides on attention, f(x, t) = c_skip(t)·x + c_out(t)·attention(x).
+
+    The coefficients reach the kernels in float64, whatever x's dtype; PyTorch's modules
+    round them to it. Differentiable in x, t and the parameters. Head dimensions 16 … 256;
+    float32, float16 or bfloat16, or float32 inside torch.autocast.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        sigma_data: float = 1.0,
+        out_proj: bool = True,
+    ):
+        super().__init__(dim, num_heads, qkv_bias, sigma_data)
+        if not out_proj:
+            self.proj = None
+
+    def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
+        q, k, v = self.heads(x)
+        if isinstance(t, Tensor) and t.ndim:
+            t = t.to(x.device)
+        c_skip, c_out, *_ = self.exact_coefficients(x, t)
+        if self.proj is None:
+            return rcm_attention(q, k, v, x, c_skip, c_out)
+        attended = attention(q, k, v)
+        return rcm_projection(
+            attended, self.proj.weight, self.proj.bias, x, c_skip, c_out
+        )
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm transformer block whose attention carries the rCM skip.
+
+        h = c_skip(t)·x + c_out(t)·proj(attention(norm(x)))
+        y = h + mlp(norm(h)),   mlp = Linear, GELU (tanh), Linear
+
+    The order is that of a Wan or TurboDiffusion block, without text and modulation (for
+    those: `rcmlib.wan`). At t = 0 attention falls away and h = x; the MLP remains.
+    Parameters: attn.norm.*, attn.qkv.*, attn.proj.*, norm.*, mlp.0.*, mlp.2.*.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        mlp_ratio: float = 4,
+        qkv_bias: bool = True,
+        sigma_data: float = 1.0,
+    ):
+        super().__init__()
+        hidden = int(mlp_ratio * dim)
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio must be at least 1/dim, got {mlp_ratio}")
+        self.attn = BaselineRCMAttention(dim, num_heads, qkv_bias, sigma_data)
+        self.attn.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, dim)
+        )
+
+    def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
+        x = self.attn(x, t)
+        return x + self.mlp(self.norm(x))
+
+
+class FusedTransformerBlock(TransformerBlock):
+    """What `fuse` makes of a TransformerBlock: the MLP's residual rides on its last linear.
+
+    Its attention is a module of its own, which `fuse` turns into the Triton one.
+    """
+
+    def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
+        x = self.attn(x, t)
+        widen, activation, narrow = self.mlp
+        h = activation(widen(self.norm(x)))
+        return rcm_projection(h, narrow.weight, narrow.bias, x, 1.0, 1.0)
+
+
+def _check_tokens(x: Tensor, dim: int) -> None:
+    if x.ndim != 3 or x.shape[-1] != dim:
+        raise ValueError(f"x must be [B, N, {dim}], got {list(x.shape)}")

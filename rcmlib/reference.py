@@ -6,6 +6,7 @@ the result depends on its own query only).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +20,19 @@ def attention(
     scale defaults to 1/√D. is_causal lets query i see keys 0 … i (as PyTorch's SDPA does,
     also where Nq ≠ Nkv).
     """
-    q, k, v = q.double(), k.double(), v.double()
-    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return probabilities(q, k, scale, is_causal) @ v.double()
+
+
+def probabilities(q: Tensor, k: Tensor, scale: float, is_causal: bool) -> Tensor:
+    """softmax(q kᵀ·scale) in float64, [B, H, Nq, Nkv]."""
+    scores = q.double() @ k.double().mT * scale
     if is_causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(
             1
         )
         scores = scores.masked_fill(hidden, -math.inf)
-    return torch.softmax(scores, dim=-1) @ v
+    return torch.softmax(scores, dim=-1)
 
 
 def merge_heads(f: Tensor) -> Tensor:
@@ -51,6 +57,78 @@ def rcm_attention(
 ) -> Tensor:
     """c_skip·x + c_out·merge_heads(attention(q, k, v)) in float64; x, result [B, Nq, H·D]."""
     return skip(x, merge_heads(attention(q, k, v, scale, is_causal)), c_skip, c_out)
+
+
+class Gradients(NamedTuple):
+    """∂L/∂(each input) of `rcm_attention`, in float64; dc_skip, dc_out [B]."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dx: Tensor
+    dc_skip: Tensor
+    dc_out: Tensor
+
+
+def rcm_attention_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    c_skip: float | Tensor,
+    c_out: float | Tensor,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Gradients:
+    """The gradients of `rcm_attention` for g = ∂L/∂out [B, Nq, H·D], by their formulas.
+
+    Written out, rather than left to autograd, because these are the lines that the kernels
+    compute (Dao 2023, FlashAttention-2, algorithm 2, with the skip around it).
+    """
+    q, k, v, x, g = (a.double() for a in (q, k, v, x, g))
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    g_heads = g.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+    p = probabilities(q, k, scale, is_causal)
+    f = p @ v
+    delta = (g_heads * f).sum(-1, keepdim=True)
+    ds = p * (g_heads @ v.mT - delta)
+    c = per_sample(c_out, q)
+    return Gradients(
+        dq=c * scale * (ds @ k),
+        dk=c * scale * (ds.mT @ q),
+        dv=c * (p.mT @ g_heads),
+        dx=per_sample(c_skip, x) * g,
+        dc_skip=(g * x).sum((1, 2)),
+        dc_out=(g * merge_heads(f)).sum((1, 2)),
+    )
+
+
+def projection(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a Wᵀ + bias in float64; [B, N, K], [C, K], [C] → [B, N, C]."""
+    f = a.double() @ weight.double().mT
+    return f if bias is None else f + bias.double()
+
+
+def rcm_projection(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    c_skip: float | Tensor,
+    c_out: float | Tensor,
+) -> Tensor:
+    """c_skip·x + c_out·(a Wᵀ + bias) in float64; x, result [B, N, C]."""
+    return skip(x, projection(a, weight, bias), c_skip, c_out)
+
+
+def gated_projection(
+    a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, gate: Tensor
+) -> Tensor:
+    """x + gate·(a Wᵀ + bias) in float64; gate [B, C] (for all tokens) or [B, N, C]."""
+    gate = gate[:, None] if gate.ndim == 2 else gate
+    return x.double() + gate.double() * projection(a, weight, bias)
 
 
 def per_sample(c: float | Tensor, x: Tensor) -> Tensor:

@@ -58,3 +58,25 @@ def assert_close(out, ref, peer):
     error = reference.relative_l2(out, ref)
     bound = 1e-6 if out.dtype == torch.float32 else reference.error_bound(ref, peer)
     assert error <= bound, f"relative L2 error {error:.3g} above {bound:.3g}"
+
+
+def assert_sum_close(value, ref, peer, terms):
+    """A sum of many terms [B, …] with either sign, such as ∂L/∂c_out = Σ g·f, per sample.
+
+    The policy of `assert_close`, but in units of ‖terms‖: that is the error's size when each
+    term is rounded, while the sum itself may be close to zero.
+    """
+    assert value.shape == ref.shape
+    size = terms.double().flatten(1).norm(dim=1)
+    error = ((value - ref) / size).abs().max()
+    if terms.dtype == torch.float32:
+        bound = 1e-6
+    else:
+        bound = 2 * ((peer - ref) / size).abs().max() + torch.finfo(terms.dtype).eps
+    assert error <= bound, f"error {error:.3g} of the terms' norm, above {bound:.3g}"
+
+
+def gradients(function, inputs, g):
+    """∂(Σ g·function(*inputs))/∂(each input)."""
+    inputs = [a.detach().requires_grad_() for a in inputs]
+    return torch.autograd.grad(function(*inputs), inputs, g)

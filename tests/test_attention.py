@@ -60,7 +60,7 @@ def test_without_a_skip_the_launcher_is_plain_attention(dtype, device):
     q, k, v, x, *_ = heads((2, 2, 45, 70, 32), dtype, device)
     if device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter has no bfloat16; rcm_attention widens it first")
-    out = attention.attention_forward(q, k, v, None, None, None, 32**-0.5, False)
+    (out,) = attention.attention_forward(q, k, v, None, None, None, 32**-0.5, False)
     ref = reference.merge_heads(reference.attention(q, k, v))
     assert_close(out, ref, torch_attention(q, k, v, x, 0.0, 1.0))
 

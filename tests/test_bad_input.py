@@ -145,7 +145,7 @@ def test_tensors_on_different_devices_are_refused():
             ValueError,
             r"f must have x's shape \[2, 3\]",
         ),
-        (torch.ones(2, 3), torch.ones(2, 3).half(), TypeError, "f must have x's dtype"),
+        (torch.ones(2, 3).half(), torch.ones(2, 3), TypeError, "x must have f's dtype"),
         (torch.ones(2, 0), torch.ones(2, 0), ValueError, "x must not be empty"),
         (torch.tensor(1.0), torch.tensor(1.0), ValueError, "x must not be empty"),
         (torch.ones(2, 3).long(), torch.ones(2, 3), TypeError, "x must be one of"),

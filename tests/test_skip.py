@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 import rcmlib
 from rcmlib import reference
-from tests.inputs import DTYPES, assert_close, poison_empty, torch_skip
+from tests.inputs import (
+    DTYPES,
+    assert_close,
+    assert_sum_close,
+    gradients,
+    poison_empty,
+    torch_skip,
+)
 
 SHAPES = [
     (1, 1),
@@ -79,6 +86,33 @@ def test_at_t_zero_the_result_is_x_bit_for_bit(dtype, device):
     x[0, 0], f[1, 0] = -0.0, float("inf")
     out = rcmlib.rcm_skip(x, f, 1.0, 0.0)
     assert torch.equal(out, x) and torch.equal(out.signbit(), x.signbit())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gradients_agree_with_float64(shape, dtype, device, monkeypatch):
+    poison_empty(monkeypatch)
+    x, f = pair(shape, dtype, device)
+    g = pair(shape, dtype, device, seed=1)[0]
+    c_skip, c_out = torch.rand(2, shape[0], dtype=torch.float64).to(device)
+    c_out[0] = 0.0
+    inputs = (x, f, c_skip, c_out)
+    ours, peer = (gradients(skip, inputs, g) for skip in (rcmlib.rcm_skip, torch_skip))
+    ref = gradients(reference.skip, [a.double() for a in inputs], g.double())
+    for a, b, c in zip(ours[:2], ref[:2], peer[:2], strict=True):
+        assert_close(a, b, c)
+    for a, b, c, t in zip(ours[2:], ref[2:], peer[2:], (g * x, g * f), strict=True):
+        assert_sum_close(a, b, c, t)
+
+
+def test_a_residual_in_float32_keeps_its_precision(device):
+    x, f = pair((2, 5, 24), torch.float32, device)
+    f = f.bfloat16()
+    out = rcmlib.rcm_skip(x, f, 0.3, 0.7)
+    assert_close(out, reference.skip(x, f, 0.3, 0.7), x)
+    dx, df = gradients(lambda *a: rcmlib.rcm_skip(*a, 0.3, 0.7), (x, f), x)
+    assert dx.dtype == torch.float32 and df.dtype == torch.bfloat16
+    assert torch.allclose(dx, 0.3 * x)
 
 
 @pytest.mark.gpu

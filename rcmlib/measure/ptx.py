@@ -23,14 +23,19 @@ TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 class Job(NamedTuple):
     """Which kernel to compile for which GPU. capability: 80, 89, 90, 100, 120."""
 
-    kernel: str = "attention"  # or "skip"
+    kernel: str = "attention"  # one of KERNELS
     capability: int = 90
     dtype: str = "bfloat16"
     head_dim: int = 64
     skip: bool = True  # the attention kernel with the skip in its epilogue, or without
+    saving: bool = False  # the forward kernel of a training step
     causal: bool = False
     ragged: bool = False
     aligned: bool = True  # q, k, v can be read by the copy engine, where there is one
+    rows: int = 8192  # of the projection's result; rows, cols and depth choose its tile
+    cols: int = 768
+    depth: int = 768
+    c_out_rank: int = 1  # of its coefficient: [B], or a gate [B, C] or [B, N, C]
 
 
 class Compiled(NamedTuple):
@@ -64,7 +69,7 @@ def _compile(job: Job) -> Compiled:
     kernel, types, constants, options = KERNELS[job.kernel](job)
     names = kernel.arg_names
     # What a launch tells the compiler of aligned inputs: these are multiples of 16.
-    lengths = () if job.ragged else ("q_len", "kv_len", "rows", "cols")
+    lengths = () if job.ragged else ("q_len", "kv_len", "rows", "cols", "depth")
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
@@ -84,50 +89,115 @@ def _compile(job: Job) -> Compiled:
 
 
 def _attention(job: Job):
+    """The forward kernel or one of the backward's, named by job.kernel."""
     import torch
     import triton
 
-    from rcmlib.ops import attention
+    from rcmlib.ops import attention, attention_backward
 
     dtype = TYPES[job.dtype]
     target = (getattr(torch, job.dtype), divmod(job.capability, 10))
-    tile = attention.choose_tile(job.head_dim, *target)
-    block_d = triton.next_power_of_2(job.head_dim)
     tma = job.aligned and attention.copy_engine(*target)
-    kernel = attention.attention_kernel
+    if job.kernel == "attention":
+        kernel = attention.attention_kernel
+        tile = attention.choose_tile(job.head_dim, *target)
+    else:
+        kernel = getattr(attention_backward, f"{job.kernel}_kernel")
+        tiles = attention_backward.choose_backward_tiles(
+            job.head_dim, *target, tma, job.causal
+        )
+        tile = tiles[job.kernel == "dq"]
+    block_d = triton.next_power_of_2(job.head_dim)
     types = {name: "i32" for name in kernel.arg_names if name.startswith("stride")}
     types |= dict.fromkeys(("heads", "q_len", "kv_len"), "i32")
-    types |= dict.fromkeys(("q", "k", "v", "x", "out"), "*" + dtype)
-    types |= {"qk_scale": "fp32", "c_skip": "*fp64", "c_out": "*fp64"}
-    if tma:
-        for name, rows in zip(
-            "qkv", (tile.block_m, tile.block_n, tile.block_n), strict=True
-        ):
-            types[name] = f"tensordesc<{dtype}[1,1,{rows},{block_d}]>"
+    types |= dict.fromkeys(("scale", "qk_scale"), "fp32")
+    types |= dict.fromkeys(("lse", "delta"), "*fp32")
+    types |= dict.fromkeys(("c_skip", "c_out"), "*fp64")
+    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "g": tile.block_m}
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "D": job.head_dim,
         "BLOCK_D": block_d, "TMA": tma, "CAUSAL": job.causal, "RAGGED": job.ragged,
-        "PER_SAMPLE": True, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "PER_SAMPLE": True, "PRECISION": attention.dot_precision(target[0]),
     }  # fmt: skip
     if not job.skip:
-        for name in ("x", "c_skip", "c_out"):
-            del types[name]
-            constants[name] = None
+        constants |= dict.fromkeys(("x", "c_skip", "c_out", "saved_f"))
+    if not job.saving and job.kernel == "attention":
+        constants |= dict.fromkeys(("saved_f", "lse"))
+    for name in kernel.arg_names:
+        if tma and name in rows:
+            types[name] = f"tensordesc<{dtype}[1,1,{rows[name]},{block_d}]>"
+        elif name not in constants:
+            types.setdefault(name, "*" + dtype)
+    types = {
+        name: kind
+        for name, kind in types.items()
+        if name in kernel.arg_names and name not in constants
+    }
+    constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return kernel, types, constants, options
 
 
 def _skip(job: Job):
-    from rcmlib.ops.skip import TILE, skip_kernel
+    from rcmlib.ops import skip
 
-    types = {name: "i32" for name in skip_kernel.arg_names if name.startswith("stride")}
+    kernel = skip.skip_kernel if job.kernel == "skip" else skip.skip_backward_kernel
+    types = {name: "i32" for name in kernel.arg_names if name.startswith("stride")}
     types |= dict.fromkeys(("rows", "cols"), "i32")
-    types |= dict.fromkeys(("x", "f", "out"), "*" + TYPES[job.dtype])
+    types |= dict.fromkeys(("c_skip", "c_out"), "*fp64")
+    types |= dict.fromkeys(("x_dots", "f_dots"), "*fp32")
+    for name in ("grad", "x", "f", "dx", "df", "out"):
+        types[name] = "*" + TYPES[job.dtype]
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    constants = {"BLOCK_R": 1, "BLOCK_C": skip.TILE, "PER_SAMPLE": True}
+    if "WIDTH" in kernel.arg_names:
+        constants["WIDTH"] = skip.TILE
+    return kernel, types, constants, {}
+
+
+def _projection(job: Job):
+    """A gate (c_out_rank 2, 3) is float32, the coefficients (c_out_rank 1) are float64."""
+    import torch
+
+    from rcmlib.ops import projection
+
+    dtype = TYPES[job.dtype]
+    target = (getattr(torch, job.dtype), divmod(job.capability, 10))
+    cols, depth = job.cols + job.ragged, job.depth + job.ragged
+    tile = projection.choose_tile(job.rows, cols, depth, *target)
+    tma = job.aligned and projection.copy_engine(*target)
+    kernel = projection.projection_kernel
+    types = {name: "i32" for name in kernel.arg_names if name.startswith("stride")}
+    types |= dict.fromkeys(("batch", "rows", "cols", "depth"), "i32")
+    types |= dict.fromkeys(("a", "weight", "bias", "x", "out"), "*" + dtype)
+    if tma:
+        for name, rows in (("a", tile.block_m), ("weight", tile.block_n)):
+            types[name] = f"tensordesc<{dtype}[1,1,{rows},{tile.block_k}]>"
     types |= {"c_skip": "*fp64", "c_out": "*fp64"}
-    return skip_kernel, types, {"BLOCK_R": 1, "BLOCK_C": TILE, "PER_SAMPLE": True}, {}
+    if job.c_out_rank > 1:
+        types |= {"c_skip": "fp32", "c_out": "*fp32"}
+    constants = {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "GROUP": tile.group, "PARTS": tile.parts, "PERSISTENT": tile.persistent, "TMA": tma,
+        "RAGGED": job.ragged, "C_OUT_RANK": job.c_out_rank,
+        "PRECISION": projection.dot_precision(target[0]),
+    }  # fmt: skip
+    if job.saving:
+        types["f"] = "*" + dtype
+    else:
+        constants["f"] = None
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return kernel, types, constants, options
 
 
-KERNELS = {"attention": _attention, "skip": _skip}
+KERNELS = {
+    "attention": _attention,
+    "dkdv": _attention,
+    "dq": _attention,
+    "projection": _projection,
+    "skip": _skip,
+    "skip_backward": _skip,
+}
 
 
 def _assemble(ptx: str, capability: int) -> tuple[int, int]:

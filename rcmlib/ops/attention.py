@@ -6,6 +6,7 @@ BLOCK_N at a time (online softmax: Milakov & Gimelshein 2018; this loop order: D
 FlashAttention-2). Storing f at column h·D merges the heads; the skip is applied just before.
 
 HBM: q, k, v, x are read, out is written. f exists only in registers, D float32 numbers a row.
+For a backward pass (attention_backward.py) f and lse [B, H, Nq] are written too.
 """
 
 import math
@@ -82,7 +83,8 @@ def attend(acc, m, l, qt, k, v, b, h, start, stop, first_row, kv_len, qk_scale,
 
 
 @triton.jit
-def attention_kernel(q, k, v, x, out, c_skip, c_out, qk_scale, heads, q_len, kv_len,
+def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
+                     heads, q_len, kv_len,
                      stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                      stride_vb, stride_vh, stride_vn, stride_xb, stride_xn,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
@@ -132,14 +134,19 @@ def attention_kernel(q, k, v, x, out, c_skip, c_out, qk_scale, heads, q_len, kv_
                            stride_vb, stride_vh, stride_vn,
                            BLOCK_N, D, TMA, CAUSAL, True, PRECISION)  # fmt: skip
     f = acc * (1 / l)[:, None]
+    out_tile = (b64 * q_len + n64) * heads * D + h * D + d
+    if saved_f is not None:
+        tl.store(saved_f + out_tile, f.to(saved_f.dtype.element_ty), mask=inside)
     if x is not None:
         if not EARLY:
             xt = tl.load(x_tile, mask=inside)
         f = skip_epilogue(xt.to(tl.float32), f,
                           load_coefficient(c_skip, b, PER_SAMPLE),
                           load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
-    out_tile = out + (b64 * q_len + n64) * heads * D + h * D + d
-    tl.store(out_tile, f.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + out_tile, f.to(out.dtype.element_ty), mask=inside)
+    if lse is not None:  # in units of log2, as m
+        n = first_row + tl.arange(0, BLOCK_M)
+        tl.store(lse + (b64 * heads + h) * q_len + n, m + tl.log2(l), mask=n < q_len)
 
 
 class Tile(NamedTuple):
@@ -172,8 +179,18 @@ def choose_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) 
             return Tile(64, 64, num_warps=4, num_stages=3)
         return Tile(64, 128, num_warps=4, num_stages=2)
     if block_d == 128:
-        return Tile(64, 32, num_warps=8, num_stages=2)
+        return Tile(64, 32, num_warps=8, num_stages=3)
     return Tile(64, 64, num_warps=4, num_stages=3)
+
+
+def architecture(t: torch.Tensor) -> tuple[int, int]:
+    """t's compute capability. The interpreter has none: it follows the H100's paths."""
+    return torch.cuda.get_device_capability(t.device) if t.is_cuda else (9, 0)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products are IEEE products; 16-bit operands have only one way."""
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
@@ -203,20 +220,31 @@ def descriptor(t: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_d])
 
 
-def attention_forward(q, k, v, x, c_skip, c_out, scale, is_causal) -> torch.Tensor:
+def attention_forward(
+    q, k, v, x, c_skip, c_out, scale, is_causal, save=False
+) -> tuple[torch.Tensor, ...]:
     """Launches `attention_kernel` on checked inputs (see `rcmlib.rcm_attention`).
 
-    With x = None it is attention alone, [B, Nq, H·D]: pass one of a two-pass pipeline.
+    Returns (out,), or with `save` what the backward pass needs: (out, f, lse). With x = None
+    it is attention alone, [B, Nq, H·D], pass one of a two-pass pipeline; then out is f, and
+    the f returned is empty.
     """
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
-    # The interpreter has no architecture: it follows the H100's paths.
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    capability = architecture(q)
     tile = choose_tile(head_dim, q.dtype, capability)
     tma = copy_engine(q.dtype, capability) and descriptors_allowed(q, k, v)
 
-    out = torch.empty((batch, q_len, heads * head_dim), dtype=q.dtype, device=q.device)
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    tokens = (batch, q_len, heads * head_dim)
+    out = empty(*tokens, dtype=q.dtype if x is None else x.dtype)
+    f = lse = None
+    if save:
+        lse = empty(batch, heads, q_len, dtype=torch.float32)
+        f = empty(*tokens, dtype=q.dtype) if x is not None else None
     per_sample = False
     if x is not None:
         c_skip, c_out, per_sample = kernel_coefficients(c_skip, c_out)
@@ -227,12 +255,14 @@ def attention_forward(q, k, v, x, c_skip, c_out, scale, is_causal) -> torch.Tens
             descriptor(t, rows, block_d) for t, rows in zip(sources, boxes, strict=True)
         )
     attention_kernel[(batch * heads * triton.cdiv(q_len, tile.block_m),)](
-        *sources, x, out, c_skip, c_out, scale * LOG2_E, heads, q_len, kv_len,
+        *sources, x, out, f, lse, c_skip, c_out, scale * LOG2_E, heads, q_len, kv_len,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *(x.stride()[:2] if x is not None else (0, 0)),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
         TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
-        PER_SAMPLE=per_sample, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PER_SAMPLE=per_sample, PRECISION=dot_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return out
+    if not save:
+        return (out,)
+    return out, empty(0, dtype=q.dtype) if f is None else f, lse

@@ -1,10 +1,13 @@
-"""The skip alone: out = c_skip·x + c_out·f, pass two of the two-pass baseline.
+"""The skip alone, out = c_skip·x + c_out·f, and its gradients.
 
-x, f, out [B, R, C], any strides with a contiguous last dimension; out is contiguous.
+    dx = c_skip·g,   df = c_out·g,   dc_skip = Σ g·x,   dc_out = Σ g·f      (g = ∂L/∂out)
+
+x, f, g [B, R, C], any strides with a contiguous last dimension; results are contiguous.
 c_skip, c_out are one number each, or [B] (one a sample). One program owns a
 BLOCK_R × BLOCK_C tile of one sample.
 
-HBM: reads x and f once, writes out once. Nothing else: the roofline is a copy's.
+HBM: forward reads x and f once and writes out once, backward reads g and writes dx and df
+(and reads x and f, if their coefficients want a gradient). The roofline is a copy's.
 """
 
 import torch
@@ -40,12 +43,47 @@ def skip_kernel(x, f, out, c_skip, c_out, rows, cols,
     )
 
 
+@triton.jit
+def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows, cols,
+                         stride_gb, stride_gr, stride_xb, stride_xr, stride_fb, stride_fr,
+                         WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+                         BLOCK_C: tl.constexpr,
+                         PER_SAMPLE: tl.constexpr):  # fmt: skip
+    """dx and df, if not None; and for x and f, if not None, their products with g,
+    summed over WIDTH columns, as [B, cols / WIDTH, R]. The caller adds up those."""
+    pid = tl.program_id(0)
+    col_tiles = tl.cdiv(cols, WIDTH)
+    row_tiles = tl.cdiv(rows, BLOCK_R)
+    b = pid // col_tiles // row_tiles
+    r = pid // col_tiles % row_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    inner = tl.arange(0, BLOCK_C)[None, :]
+    c = pid % col_tiles * WIDTH + inner
+    inside = (r < rows)[:, None] & (inner < WIDTH) & (c < cols)
+
+    b64, r64 = tl.cast(b, tl.int64), r[:, None].to(tl.int64)
+    g = tl.load(grad + b64 * stride_gb + r64 * stride_gr + c, mask=inside, other=0.0)
+    g = g.to(tl.float32)
+    here = (b64 * rows + r64) * cols + c
+    dots_here = (b64 * col_tiles + pid % col_tiles) * rows + r
+    if dx is not None:
+        result = load_coefficient(c_skip, b, PER_SAMPLE) * g
+        tl.store(dx + here, result.to(dx.dtype.element_ty), inside)
+    if df is not None:
+        result = load_coefficient(c_out, b, PER_SAMPLE) * g
+        tl.store(df + here, result.to(df.dtype.element_ty), inside)
+    if x is not None:
+        x_tile = tl.load(x + b64 * stride_xb + r64 * stride_xr + c, inside, other=0.0)
+        tl.store(x_dots + dots_here, tl.sum(g * x_tile.to(tl.float32), 1), r < rows)
+    if f is not None:
+        f_tile = tl.load(f + b64 * stride_fb + r64 * stride_fr + c, inside, other=0.0)
+        tl.store(f_dots + dots_here, tl.sum(g * f_tile.to(tl.float32), 1), r < rows)
+
+
 def skip_forward(x, f, c_skip, c_out) -> torch.Tensor:
     """Launches `skip_kernel` on checked inputs x, f [B, R, C] (see `rcmlib.rcm_skip`)."""
     batch, rows, cols = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_c = min(triton.next_power_of_2(cols), TILE)
-    block_r = min(triton.next_power_of_2(rows), TILE // block_c)
+    block_r, block_c = tile(rows, cols)
     grid = (batch * triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),)
     c_skip, c_out, per_sample = kernel_coefficients(c_skip, c_out)
     skip_kernel[grid](
@@ -53,3 +91,49 @@ def skip_forward(x, f, c_skip, c_out) -> torch.Tensor:
         BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=per_sample,
     )  # fmt: skip
     return out
+
+
+def skip_backward(
+    grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype
+) -> tuple[torch.Tensor, ...]:
+    """(dx, df, x_dots, f_dots) from g = grad, x, f [B, R, C]; empty where not asked for.
+
+    dx and df are computed if their dtype is given, the dots of g with x and f if those are
+    given: float32 [B, C / width, R], each over `width` neighbouring columns (an attention
+    head, say; None leaves the choice here).
+    """
+    batch, rows, cols = grad.shape
+    dots = dots_shape(grad.shape, width)
+    width = width or tile(rows, cols)[1]
+    block_r, block_c = tile(rows, width)
+
+    def result(wanted, shape, dtype):
+        shape = shape if wanted else (0,)
+        return torch.empty(shape, dtype=dtype or grad.dtype, device=grad.device)
+
+    dx = result(dx_dtype, grad.shape, dx_dtype)
+    df = result(df_dtype, grad.shape, df_dtype)
+    x_dots = result(x is not None, dots, torch.float32)
+    f_dots = result(f is not None, dots, torch.float32)
+    c_skip, c_out, per_sample = kernel_coefficients(c_skip, c_out)
+    grid = (batch * triton.cdiv(rows, block_r) * dots[1],)
+    skip_backward_kernel[grid](
+        grad, x, f, dx if dx_dtype else None, df if df_dtype else None, x_dots, f_dots,
+        c_skip, c_out, rows, cols, *grad.stride()[:2],
+        *(x.stride()[:2] if x is not None else (0, 0)),
+        *(f.stride()[:2] if f is not None else (0, 0)),
+        WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=per_sample,
+    )  # fmt: skip
+    return dx, df, x_dots, f_dots
+
+
+def dots_shape(shape, width: int | None) -> tuple[int, int, int]:
+    """The shape of `skip_backward`'s dots for g of this shape."""
+    batch, rows, cols = shape
+    return batch, triton.cdiv(cols, width or tile(rows, cols)[1]), rows
+
+
+def tile(rows: int, cols: int) -> tuple[int, int]:
+    """Rows and columns of one program's tile, powers of two, TILE elements in all."""
+    block_c = min(triton.next_power_of_2(cols), TILE)
+    return min(triton.next_power_of_2(rows), TILE // block_c), block_c

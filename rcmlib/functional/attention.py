@@ -1,0 +1,251 @@
+"""`rcm_attention` and plain `attention`: one kernel forward, three launches backward."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rcmlib import ops
+from rcmlib.functional.checks import (
+    autocast,
+    check_contiguous_rows,
+    check_like,
+    check_residual,
+    check_tensor,
+    coefficient_grad,
+    coefficients,
+    dense_rows,
+    dims,
+    launch,
+    wanted,
+    wants_grad,
+)
+
+HEAD_DIMS = range(16, 257)
+FLOAT32 = torch.finfo(torch.float32)
+
+
+def rcm_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    c_skip: float | Tensor,
+    c_out: float | Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """c_skip·x + c_out·merge_heads(softmax(q kᵀ·scale) v), in one kernel.
+
+    q: [B, H, Nq, D]; k, v: [B, H, Nkv, D], D from 16 to 256, every length ≥ 1, any strides
+    with a contiguous last dimension (so the views of a packed QKV need no copy). One dtype:
+    float32 (IEEE products), float16 or bfloat16 (float32 accumulation, softmax and skip; one
+    rounding at the end). Inside torch.autocast they are cast to its dtype.
+    x and the result: [B, Nq, H·D], token layout, in q's dtype or float32.
+    c_skip, c_out: a number, or a floating tensor [B], one a sample.
+    scale: 1/√D unless given; positive. Scores (q·k times scale) up to about 1e8: beyond that
+    float32 cannot tell neighbours apart, and in float16 the weights may overflow.
+    is_causal: query i sees keys 0 … i, as in SDPA.
+
+    Where c_skip = 1 and c_out = 0 the result is x, bit for bit.
+    Differentiable in q, k, v, x, c_skip and c_out, deterministically, with O(N) memory: a call
+    that wants gradients also saves F = attention(q, k, v) in q's dtype, and one float32 a
+    query. So gradients are exact to rounding at any noise level, t = 0 included.
+    Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
+    Specification: `rcmlib.reference.rcm_attention`. Equation: rCM, arXiv 2510.08431.
+    """
+    q, k, v = autocast(q, k, v)
+    scale = _check_attention(q, k, v, scale, is_causal)
+    check_tensor("x", x, rank=3)
+    check_residual("x", x, "q", q)
+    batch, heads, q_len, head_dim = q.shape
+    if x.shape != (batch, q_len, heads * head_dim):
+        raise ValueError(
+            f"x must be [B, Nq, H*D] = [{batch}, {q_len}, {heads * head_dim}], got {dims(x)}"
+        )
+    check_contiguous_rows("x", x)
+    c_skip, c_out = coefficients(c_skip, c_out, x)
+    return _attend(q, k, v, x, c_skip, c_out, scale, is_causal)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_attention`'s kernel without x.
+
+    Arguments, gradients and errors as there; the result has q's dtype. It is for layers in
+    which a projection stands between attention and skip (`rcm_projection`).
+    """
+    q, k, v = autocast(q, k, v)
+    scale = _check_attention(q, k, v, scale, is_causal)
+    return _attend(q, k, v, None, None, None, scale, is_causal)
+
+
+def _attend(q, k, v, x, c_skip, c_out, scale: float, is_causal: bool) -> Tensor:
+    arguments = (q, k, v, x, c_skip, c_out, scale, is_causal)
+    if wants_grad(*arguments[:6]):
+        return _Attention.apply(*arguments)[0]
+    return torch.ops.rcmlib.attention(*arguments)
+
+
+def _check_attention(q, k, v, scale, is_causal) -> float:
+    """Checks all but x and the coefficients; returns the scale."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, t, rank=4)
+        check_like(name, t, "q", q)
+    batch, heads, _, head_dim = q.shape
+    kv_shape = (batch, heads, k.shape[2], head_dim)
+    if k.shape != kv_shape:
+        raise ValueError(
+            f"k must be [B, H, Nkv, D] with q's B, H, D {dims(q)}, got {dims(k)}"
+        )
+    if v.shape != kv_shape:
+        raise ValueError(f"v must have k's shape {dims(k)}, got {dims(v)}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"q must have a head dimension of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {head_dim}"
+        )
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_contiguous_rows(name, t)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not (FLOAT32.tiny < scale < FLOAT32.max / 2):
+        raise ValueError(f"scale must be positive and finite in float32, got {scale}")
+    return float(scale)
+
+
+# ---- the registered operators: torch.compile and opcheck see these ----
+
+
+@torch.library.custom_op("rcmlib::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
+    c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
+) -> Tensor:  # fmt: skip
+    ops.check_device("q", q.device)
+    from rcmlib.ops.attention import attention_forward
+
+    dtype = q.dtype if x is None else x.dtype
+    return launch(
+        attention_forward, [dtype], q, k, v, x, c_skip, c_out, scale, is_causal
+    )[0]
+
+
+@_attention.register_fake
+def _(q, k, v, x, c_skip, c_out, scale, is_causal):
+    batch, heads, q_len, head_dim = q.shape
+    like = q if x is None else x
+    return like.new_empty(batch, q_len, heads * head_dim)
+
+
+@torch.library.custom_op("rcmlib::attention_saving", mutates_args=())
+def _attention_saving(
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
+    c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, f, lse). Without x, out is f, and the second result is empty."""
+    ops.check_device("q", q.device)
+    from rcmlib.ops.attention import attention_forward
+
+    dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
+    return launch(
+        attention_forward, dtypes, q, k, v, x, c_skip, c_out, scale, is_causal, True
+    )
+
+
+@_attention_saving.register_fake
+def _(q, k, v, x, c_skip, c_out, scale, is_causal):
+    batch, heads, q_len, head_dim = q.shape
+    tokens = (batch, q_len, heads * head_dim)
+    lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
+    if x is None:
+        return q.new_empty(tokens), q.new_empty(0), lse
+    return x.new_empty(tokens), q.new_empty(tokens), lse
+
+
+@torch.library.custom_op("rcmlib::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+    c_out: Tensor, scale: float, is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from rcmlib.ops.attention_backward import attention_backward
+
+    return launch(
+        attention_backward, [q.dtype] * 3,
+        grad, q, k, v, lse, delta, c_out, scale, is_causal,
+    )  # fmt: skip
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, lse, delta, c_out, scale, is_causal):
+    def result(t):
+        batch, heads, n, head_dim = t.shape
+        return t.new_empty(batch, n, heads, head_dim).transpose(1, 2)
+
+    return result(q), result(k), result(v)
+
+
+class _Attention(torch.autograd.Function):
+    """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
+
+    @staticmethod
+    def forward(q, k, v, x, c_skip, c_out, scale, is_causal):
+        return torch.ops.rcmlib.attention_saving(
+            q, k, v, x, c_skip, c_out, scale, is_causal
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, x, c_skip, c_out, ctx.scale, ctx.is_causal = inputs
+        out, f, lse = output
+        ctx.mark_non_differentiable(f, lse)
+        ctx.set_materialize_grads(False)  # f and lse get none: no zeros for them
+        ctx.residual = None if x is None else x.dtype
+        x_needed = ctx.needs_input_grad[4]  # by the gradient of its coefficient
+        ctx.save_for_backward(
+            q,
+            k,
+            v,
+            x if x_needed else None,
+            c_skip,
+            c_out,
+            out if x is None else f,
+            lse,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _f, _lse):
+        q, k, v, x, c_skip, c_out, f, lse = ctx.saved_tensors
+        dx_wanted, *c_wanted = ctx.needs_input_grad[3:6]
+        grad = dense_rows(grad)
+        one = torch.ones((), dtype=torch.float64)
+        c_skip, c_out = (one if c is None else c for c in (c_skip, c_out))
+        # One pass over g: dx, the sums g·x, and δ, one number a row and head.
+        dx, _, x_dots, delta = torch.ops.rcmlib.skip_backward(
+            grad, x, f, c_skip, c_out, q.shape[-1],
+            ctx.residual if dx_wanted else None, None,
+        )  # fmt: skip
+        dq = dk = dv = None
+        if any(ctx.needs_input_grad[:3]):
+            dq, dk, dv = torch.ops.rcmlib.attention_backward(
+                grad.to(q.dtype), q, k, v, lse, delta, c_out, ctx.scale, ctx.is_causal
+            )
+        return (
+            *wanted((dq, dk, dv, dx), ctx.needs_input_grad),
+            coefficient_grad(x_dots, c_skip) if c_wanted[0] else None,
+            coefficient_grad(delta, c_out) if c_wanted[1] else None,
+            None,
+            None,
+        )

@@ -1,0 +1,167 @@
+"""What the operations share: the checks of their arguments, autocast, and the launch."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(name: str, t: Tensor, rank: int | None) -> None:
+    """TypeError or ValueError unless t is a non-empty tensor that the kernels can read."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name} must be one of {allowed}, got {t.dtype}")
+    if rank is not None and t.ndim != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, got {t.ndim}: {dims(t)}")
+    if t.ndim == 0 or t.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got {dims(t)}")
+
+
+def check_like(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
+    """t must share first's dtype and device."""
+    if t.dtype != first.dtype:
+        raise TypeError(
+            f"{name} must have {first_name}'s dtype {first.dtype}, got {t.dtype}"
+        )
+    check_device_of(name, t, first_name, first)
+
+
+def check_residual(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
+    """What the skip carries may also stay in float32 beside 16-bit operands."""
+    if t.dtype not in (first.dtype, torch.float32):
+        also = "" if first.dtype == torch.float32 else " or torch.float32"
+        raise TypeError(
+            f"{name} must have {first_name}'s dtype {first.dtype}{also}, got {t.dtype}"
+        )
+    check_device_of(name, t, first_name, first)
+
+
+def check_device_of(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
+    if t.device != first.device:
+        raise ValueError(
+            f"{name} must be on {first_name}'s device {first.device}, got {t.device}"
+        )
+
+
+def check_contiguous_rows(name: str, t: Tensor) -> None:
+    """The last dimension has to be contiguous; the others may have any strides."""
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        raise ValueError(
+            f"{name} must have a contiguous last dimension, got strides {t.stride()}; "
+            f"call {name}.contiguous()"
+        )
+
+
+def coefficients(c_skip, c_out, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of one shape: [B] on x's device, or 0-dimensional on the CPU.
+
+    Constants stay on the CPU, where a launch can read them without waiting for the GPU.
+    """
+    pair = [
+        _coefficient(name, c, x) for name, c in (("c_skip", c_skip), ("c_out", c_out))
+    ]
+    if all(c.ndim == 0 and c.device.type == "cpu" for c in pair) and not any(
+        c.requires_grad for c in pair
+    ):
+        return pair[0], pair[1]
+    batch = x.shape[0]
+    a, b = (c.to(x.device).expand(batch).contiguous() for c in pair)
+    return a, b
+
+
+def _coefficient(name: str, c, x: Tensor) -> Tensor:
+    if not isinstance(c, Tensor):
+        if isinstance(c, bool) or not isinstance(c, (int, float)):
+            raise TypeError(
+                f"{name} must be a number or a torch.Tensor, got {type(c).__name__}"
+            )
+        return torch.tensor(c, dtype=torch.float64)
+    if not c.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {c.dtype}")
+    if c.ndim != 0 and c.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name} must be a number or of shape [{x.shape[0]}], got {dims(c)}"
+        )
+    if c.ndim == 1 and c.device != x.device:
+        raise ValueError(
+            f"{name} must be on the inputs' device {x.device}, got {c.device}"
+        )
+    return c
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Inside torch.autocast: the operands of a matrix product in its dtype, as PyTorch's."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(
+        first.device.type
+    ):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t
+        for t in tensors
+    )
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Will a backward pass need what this call could save?"""
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+
+
+def wanted(values: Sequence, needs_input_grad: Sequence[bool]) -> tuple:
+    """The values whose input wants a gradient, None for the others."""
+    return tuple(
+        v if needed else None
+        for v, needed in zip(values, needs_input_grad, strict=False)
+    )
+
+
+def dense_rows(grad: Tensor) -> Tensor:
+    """A gradient as the kernels read it; autograd may hand over any strides."""
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+def coefficient_grad(dots: Tensor, c: Tensor) -> Tensor:
+    """The kernels' partial sums [B, …] added up in float64, as the gradient of c [B]."""
+    return dots.flatten(1).sum(1, dtype=torch.float64).to(c.dtype)
+
+
+def launch(
+    launcher: Callable[..., Tensor | tuple[Tensor, ...]],
+    dtypes: Sequence[torch.dtype],
+    *args,
+) -> tuple[Tensor, ...]:
+    """Runs a launcher on its tensors' own device; its results come back in `dtypes`.
+
+    Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
+    on a CPU bfloat16 inputs are computed in float32 and the results are rounded.
+    """
+    device = next(a.device for a in args if isinstance(a, Tensor) and a.ndim)
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # Triton launches on the current device
+            results = launcher(*args)
+    else:
+        with np.errstate(all="ignore"):  # NaN and infinity are values, not accidents
+            results = launcher(*(_widened(a) for a in args))
+    results = (results,) if isinstance(results, Tensor) else results
+    return tuple(r.to(dtype) for r, dtype in zip(results, dtypes, strict=True))
+
+
+def _widened(a):
+    if a is torch.bfloat16:
+        return torch.float32
+    if isinstance(a, Tensor) and a.dtype == torch.bfloat16:
+        # Contiguous: strides of a view that overlaps itself are not kept by a conversion.
+        return a.to(torch.float32, memory_format=torch.contiguous_format)
+    return a
+
+
+def dims(t: Tensor) -> str:
+    return str(list(t.shape))

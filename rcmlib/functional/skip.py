@@ -1,0 +1,136 @@
+"""`rcm_skip`: the skip as one launch, with its gradient."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rcmlib import ops
+from rcmlib.functional.checks import (
+    check_residual,
+    check_tensor,
+    coefficient_grad,
+    coefficients,
+    dense_rows,
+    dims,
+    launch,
+    wanted,
+)
+
+
+def rcm_skip(
+    x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor
+) -> Tensor:
+    """c_skip·x + c_out·f in one Triton launch, per sample.
+
+    x, f: [B, …] of one shape and device, float32, float16 or bfloat16; f has x's dtype, or 16
+    bits beside an x in float32. Contiguous, or viewable as [B, R, C] with a contiguous last
+    dimension (such as a slice of the channels).
+    c_skip, c_out: a number, or a floating tensor [B]. Arithmetic is float32, rounded once.
+    Returns a new contiguous tensor like x. Where c_out is 0 that is c_skip·x exactly.
+    Differentiable in all four.
+
+    Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
+    """
+    for name, t in (("x", x), ("f", f)):
+        check_tensor(name, t, rank=None)
+    check_residual("x", x, "f", f)
+    if f.shape != x.shape:
+        raise ValueError(f"f must have x's shape {dims(x)}, got {dims(f)}")
+    c_skip, c_out = coefficients(c_skip, c_out, x)
+    tiles = [_rows_of_samples(name, t) for name, t in (("x", x), ("f", f))]
+    if tiles[0].shape != tiles[1].shape:  # one is contiguous, the other has gaps
+        tiles = [t.view(tiles[0].shape[0], -1, x.shape[-1]) for t in tiles]
+    return _Skip.apply(*tiles, c_skip, c_out).view(x.shape)
+
+
+def _rows_of_samples(name: str, t: Tensor) -> Tensor:
+    """t [B, …] as a view [B, 1, M] if its samples are dense, else [B, R, C]."""
+    batch = t.shape[0]
+    if t[0].is_contiguous():
+        return t.view(batch, 1, -1)
+    try:
+        rows = t.view(batch, -1, t.shape[-1])
+    except RuntimeError:
+        rows = None
+    if rows is None or rows.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be viewable as [B, R, C] with a contiguous last dimension, got shape "
+            f"{dims(t)} with strides {t.stride()}; call {name}.contiguous()"
+        )
+    return rows
+
+
+# ---- the registered operators: torch.compile and opcheck see these ----
+
+
+@torch.library.custom_op("rcmlib::skip", mutates_args=())
+def _skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
+    ops.check_device("x", x.device)
+    from rcmlib.ops.skip import skip_forward
+
+    return launch(skip_forward, [x.dtype], x, f, c_skip, c_out)[0]
+
+
+@_skip.register_fake
+def _(x, f, c_skip, c_out):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("rcmlib::skip_backward", mutates_args=())
+def _skip_backward(
+    grad: Tensor, x: Tensor | None, f: Tensor | None, c_skip: Tensor, c_out: Tensor,
+    width: int | None, dx_dtype: torch.dtype | None, df_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from rcmlib.ops.skip import skip_backward
+
+    dtypes = (dx_dtype or grad.dtype, df_dtype or grad.dtype, *[torch.float32] * 2)
+    return launch(
+        skip_backward, dtypes, grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype
+    )
+
+
+@_skip_backward.register_fake
+def _(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype):
+    from rcmlib.ops.skip import dots_shape
+
+    def result(wanted, shape, dtype):
+        return grad.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    dots = dots_shape(grad.shape, width)
+    return (
+        result(dx_dtype, grad.shape, dx_dtype or grad.dtype),
+        result(df_dtype, grad.shape, df_dtype or grad.dtype),
+        result(x is not None, dots, torch.float32),
+        result(f is not None, dots, torch.float32),
+    )
+
+
+class _Skip(torch.autograd.Function):
+    """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
+
+    @staticmethod
+    def forward(x, f, c_skip, c_out):
+        return torch.ops.rcmlib.skip(x, f, c_skip, c_out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, f, c_skip, c_out = inputs
+        ctx.dtypes = x.dtype, f.dtype
+        x_needed, f_needed = ctx.needs_input_grad[2:]  # each for its coefficient
+        ctx.save_for_backward(
+            x if x_needed else None, f if f_needed else None, c_skip, c_out
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, f, c_skip, c_out = ctx.saved_tensors
+        dx, df, x_dots, f_dots = torch.ops.rcmlib.skip_backward(
+            dense_rows(grad), x, f, c_skip, c_out, None,
+            *wanted(ctx.dtypes, ctx.needs_input_grad),
+        )  # fmt: skip
+        return (
+            *wanted((dx, df), ctx.needs_input_grad),
+            coefficient_grad(x_dots, c_skip) if ctx.needs_input_grad[2] else None,
+            coefficient_grad(f_dots, c_out) if ctx.needs_input_grad[3] else None,
+        )

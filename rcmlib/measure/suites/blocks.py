@@ -1,0 +1,214 @@
+"""Chapter 8: the projection with the skip in its epilogue, modules and whole blocks."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import rcmlib
+from rcmlib import integrate, modules, reference
+from rcmlib.measure import timing
+from rcmlib.measure.pipelines import eager_skip
+from rcmlib.measure.suites.suite import Suite, case
+from rcmlib.wan import WanBlock
+
+PROJECTIONS = {  # (B, N, K, C)
+    "M8192_C768": (4, 2048, 768, 768),
+    "M32760_C1536": (1, 32760, 1536, 1536),
+    "M32760_C5120": (1, 32760, 5120, 5120),
+}
+SEED = {"B": 4, "N": 2048, "C": 768, "H": 12}
+WAN = {"C": 1536, "H": 12, "ffn": 8960}  # Wan 2.1, 1.3B
+GRIDS = {
+    "wan_short": (1, 30, 52),
+    "wan_long": (21, 30, 52),
+}  # latent frames, rows, columns
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def right_ones(functions: dict[str, Callable], ref, bound: float, name: str) -> dict:
+    """Those whose result is within `bound` of ref (relative L2); the others are named."""
+    right = {}
+    for label, run in functions.items():
+        out = run()
+        pairs = [(out, ref)] if isinstance(out, Tensor) else zip(out, ref, strict=True)
+        error = max(reference.relative_l2(a, b) for a, b in pairs)
+        if error < bound:
+            right[label] = run
+        else:
+            print(f"{name}: {label} is wrong (error {error:.2g}): not timed")
+    return right
+
+
+def gated(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
+    return x + gate[:, None] * f
+
+
+def projection_case(name: str) -> dict:
+    batch, tokens, depth, cols = PROJECTIONS[name]
+    torch.manual_seed(0)
+    a, x, g = (random(batch, tokens, n) for n in (depth, cols, cols))
+    weight, bias = random(cols, depth) * depth**-0.5, random(cols)
+    gate = random(batch, cols)
+    c = rcmlib.edm(torch.rand(batch, device="cuda") * 3)
+    c = (c.c_skip, c.c_out)
+    skip, gating = (torch.compile(f, dynamic=False) for f in (eager_skip, gated))
+
+    def linear():
+        return F.linear(a, weight, bias)
+
+    def step(function):
+        leaves = [t.detach().requires_grad_() for t in (a, weight, bias, x)]
+        return lambda: torch.autograd.grad(function(*leaves), leaves, g)
+
+    with_skip = {
+        "linear_eager": lambda: eager_skip(x, linear(), *c),
+        "linear_compiled": lambda: skip(x, linear(), *c),
+        "fused": lambda: rcmlib.rcm_projection(a, weight, bias, x, *c),
+    }
+    with_gate = {
+        "gated_compiled": lambda: gating(x, linear(), gate),
+        "gated_fused": lambda: rcmlib.gated_projection(a, weight, bias, x, gate),
+    }
+    steps = {
+        "train_compiled": step(lambda a, w, b, x: skip(x, F.linear(a, w, b), *c)),
+        "train_fused": step(lambda *leaves: rcmlib.rcm_projection(*leaves, *c)),
+    }
+    f = linear().double()
+    functions = {"linear": linear}
+    functions |= right_ones(with_skip, reference.skip(x, f, *c), 0.01, name)
+    functions |= right_ones(with_gate, gated(x.double(), f, gate), 0.01, name)
+    steps = right_ones(
+        steps, projection_gradients(a, weight, bias, x, c, g), 0.02, name
+    )
+    functions |= {label: timing.graph(run) for label, run in steps.items()}
+    sizes = dict(zip("BNKC", PROJECTIONS[name], strict=True))
+    result = case(name, sizes, timing.compare(functions))
+    free()
+    return result
+
+
+def projection_gradients(a, weight, bias, x, c, g) -> tuple[Tensor, ...]:
+    """Of the skip behind a linear layer, in float32."""
+    leaves = [t.float().requires_grad_() for t in (a, weight, bias, x)]
+    out = eager_skip(leaves[3], F.linear(*leaves[:3]), *c)
+    return torch.autograd.grad(out, leaves, g.float())
+
+
+def free() -> None:
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+def compiled(module: torch.nn.Module) -> torch.nn.Module:
+    return torch.compile(copy.deepcopy(module), dynamic=False)
+
+
+def module_cases(name: str, baseline: torch.nn.Module) -> list[dict]:
+    """A layer or block at the seed's shape: forward, and forward with backward."""
+    torch.manual_seed(0)
+    x, g = (random(SEED["B"], SEED["N"], SEED["C"]) for _ in range(2))
+    t = torch.rand(SEED["B"], device="cuda") * 3
+    baseline = baseline.cuda().bfloat16()
+    fused = copy.deepcopy(baseline)
+    integrate.fuse(fused)
+    variants = {
+        "baseline": baseline,
+        "baseline_compiled": compiled(baseline),
+        "fused": fused,
+        "fused_compiled": compiled(fused),
+    }
+    if isinstance(baseline, modules.BaselineRCMAttention):
+        in_pytorch = modules.FusedRCMAttention(SEED["C"], SEED["H"])
+        in_pytorch.load_state_dict(baseline.state_dict())
+        variants["fused_pytorch"] = in_pytorch.cuda().bfloat16()
+
+    def forward(module, x=x):
+        with torch.no_grad():
+            return module(x, t)
+
+    def step(module, x=x):
+        leaves = [x.detach().requires_grad_(), *module.parameters()]
+        return torch.autograd.grad(module(leaves[0], t), leaves, g.to(x.dtype))
+
+    exact = copy.deepcopy(baseline).float()
+    cases = []
+    for run in (forward, step):
+        label = f"{name}_{'forward' if run is forward else 'training'}"
+        functions = {n: partial(run, m) for n, m in variants.items()}
+        functions = right_ones(functions, run(exact, x.float()), 0.05, label)
+        graphs = {n: timing.graph(f) for n, f in functions.items()}
+        cases.append(case(label, SEED, timing.compare(graphs)))
+    free()
+    return cases
+
+
+def wan_case(name: str) -> dict:
+    """One block of Wan 2.1 (1.3B), its self-attention and its FFN, forward."""
+    grid = GRIDS[name]
+    tokens = grid[0] * grid[1] * grid[2]
+    torch.manual_seed(0)
+    block = WanBlock(WAN["C"], WAN["ffn"], WAN["H"]).cuda()
+    for linear in block.modules():  # the modulation and the norms stay in float32
+        if isinstance(linear, torch.nn.Linear):
+            linear.bfloat16()
+    fused = copy.deepcopy(block)
+    integrate.fuse(fused)
+    x, e = (random(1, n, WAN["C"], dtype=torch.float32) for n in (tokens, 6))
+
+    def forward(module, backend):
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16), backend():
+            return module(x, e, grid)
+
+    functions = {}
+    for label, module, backend in (
+        ("flash", block, partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)),
+        ("cudnn", block, partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
+        ("fused", fused, contextlib.nullcontext),
+    ):
+        functions[label] = partial(forward, module, backend)
+        functions[f"{label}_compiled"] = partial(forward, compiled(module), backend)
+    functions = right_ones(functions, functions["cudnn"](), 0.01, name)
+    graphs = {n: timing.graph(f) for n, f in functions.items()}
+    result = case(name, {"B": 1, "N": tokens, **WAN}, timing.compare(graphs))
+    free()
+    return result
+
+
+def measure_blocks() -> list[dict]:
+    torch.manual_seed(0)
+    shape = (SEED["C"], SEED["H"])
+    return [
+        *module_cases("module", modules.BaselineRCMAttention(*shape)),
+        *module_cases("transformer", modules.TransformerBlock(*shape)),
+        *(wan_case(name) for name in GRIDS),
+    ]
+
+
+SUITES = {
+    "projection": Suite(
+        "The output projection with the skip or a gated residual, a [B, N, K] and weight "
+        "[C, K]: cuBLAS and a compiled skip, and the fused kernel; forward, and forward with "
+        "backward (train_*).",
+        "bf16, random normal inputs, coefficients [B] in float64, gate [B, C]. Steps with "
+        "backward are replayed from a CUDA graph. Each checked first, against cuBLAS's "
+        "product and a skip in float64, or (gradients) PyTorch in float32.",
+        lambda: [projection_case(name) for name in PROJECTIONS],
+    ),
+    "blocks": Suite(
+        "Whole modules: the rCM attention layer and a transformer block (bf16), and a Wan "
+        "2.1 1.3B block without cross-attention (bf16 weights and autocast, residual stream "
+        "and modulation float32).",
+        "Replayed from a CUDA graph. Layer and transformer block checked first against "
+        "PyTorch in float32, the Wan block's variants against the one on cuDNN.",
+        measure_blocks,
+    ),
+}

@@ -1,0 +1,163 @@
+"""Chapters 2 to 6: the machine's ceilings, the skip, attention with it, the choice of tiles."""
+
+from functools import partial
+from unittest import mock
+
+import torch
+
+import rcmlib
+from rcmlib import reference
+from rcmlib.measure import timing
+from rcmlib.measure.pipelines import (
+    attention_inputs,
+    attention_pipelines,
+    compile_skip,
+    eager_skip,
+)
+from rcmlib.measure.suites.suite import INPUTS, Suite, case
+
+THREE_ROWS = "Three query rows of each checked against float64 first."
+# name: (B, H, N, D)
+ATTENTION = {
+    "N1024": (4, 12, 1024, 64),
+    "seed": (4, 12, 2048, 64),
+    "N4096": (4, 12, 4096, 64),
+    "N8192": (4, 12, 8192, 64),
+    "D128_N2048": (4, 16, 2048, 128),
+    "D128_N8192": (2, 16, 8192, 128),
+    "D128_N32768": (1, 12, 32768, 128),
+}
+SCALING = {f"N{n}": (32768 // n, 12, n, 64) for n in (2**e for e in range(8, 16))}
+ATTENTION_ALONE = ("flash", "cudnn", "triton")
+TILES = [
+    (64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3),
+    (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 4, 2),
+]  # fmt: skip
+
+
+def measure_attention(shapes: dict[str, tuple[int, ...]]) -> list[dict]:
+    cases = []
+    for name, shape in shapes.items():
+        q, k, v, x, c_skip, c_out = inputs = attention_inputs(*shape)
+        pipelines = attention_pipelines(*inputs)
+        rows = torch.tensor([0, shape[2] // 2, shape[2] - 1], device="cuda")
+        some = (q[:, :, rows], k, v, x[:, rows])
+        with_skip = reference.rcm_attention(*some, c_skip, c_out)
+        alone = reference.rcm_attention(*some, 0.0, 1.0)
+        right = {}
+        for label, run in pipelines.items():
+            ref = alone if label in ATTENTION_ALONE else with_skip
+            error = reference.relative_l2(run()[:, rows], ref)
+            if error < 0.01:
+                right[label] = run
+            else:
+                print(f"{name}: {label} is wrong (error {error:.2g}): not timed")
+        times = timing.compare(right)
+        cases.append(case(name, dict(zip("BHND", shape, strict=True)), times))
+        del q, k, v, x, inputs, pipelines, right, some
+        torch.compiler.reset()
+    return cases
+
+
+def measure_tiles() -> list[dict]:
+    """The fused kernel with other tiles than `choose_tile`'s."""
+    from triton.runtime.errors import OutOfResources
+
+    from rcmlib.ops import attention
+
+    def run(tile, inputs):
+        with mock.patch.object(
+            attention, "choose_tile", lambda *_: attention.Tile(*tile)
+        ):
+            return rcmlib.rcm_attention(*inputs)
+
+    cases = []
+    for name in ("seed", "D128_N8192"):
+        inputs = attention_inputs(*ATTENTION[name])
+        expected = rcmlib.rcm_attention(*inputs)
+        functions = {}
+        for tile in TILES:
+            label = "{} x {}, {} warps, {} stages".format(*tile)
+            try:
+                error = reference.relative_l2(run(tile, inputs), expected)
+            except OutOfResources as reason:
+                print(f"{name}: {label}: {reason}")
+                continue
+            if error < 0.01:
+                functions[label] = partial(run, tile, inputs)
+        times = timing.compare(functions)
+        cases.append(case(name, dict(zip("BHND", ATTENTION[name], strict=True)), times))
+    return cases
+
+
+def measure_skip() -> list[dict]:
+    cases = []
+    for tokens in (1024, 2048, 8192, 32768):
+        _, _, _, x, c_skip, c_out = attention_inputs(4, 1, tokens, 768)
+        f = torch.randn_like(x)
+        source, target = torch.empty(
+            2, x.numel() * 3 // 2, device="cuda", dtype=x.dtype
+        )
+        functions = {
+            "copy": partial(target.copy_, source),
+            "eager": partial(eager_skip, x, f, c_skip, c_out),
+            "compiled": partial(compile_skip(), x, f, c_skip, c_out),
+            "triton": partial(rcmlib.rcm_skip, x, f, c_skip, c_out),
+        }
+        ref = reference.skip(x, f, c_skip, c_out)
+        for label in ("eager", "compiled", "triton"):
+            error = reference.relative_l2(functions[label](), ref)
+            if error >= 0.01:
+                raise AssertionError(f"{label} is wrong: error {error:.2g}")
+        shape = {
+            "B": 4,
+            "N": tokens,
+            "C": 768,
+            "bytes": 3 * x.numel() * x.element_size(),
+        }
+        cases.append(case(f"N{tokens}", shape, timing.compare(functions)))
+        torch.compiler.reset()
+    return cases
+
+
+def measure_ceilings() -> list[dict]:
+    source = torch.randint(-99, 99, (1 << 30,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    size = 8192
+    a, b = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
+    copy = timing.compare({"copy": lambda: target.copy_(source)})
+    matmul = timing.compare({"matmul": lambda: a @ b})
+    return [
+        case("copy", {"bytes": 2 * source.numel()}, copy),
+        case("matmul", {"M": size, "N": size, "K": size, "flop": 2 * size**3}, matmul),
+    ]
+
+
+SUITES = {
+    "ceilings": Suite(
+        "The machine's ceilings: a 1 GiB device-to-device copy (bytes read and written) and "
+        "an 8192³ bf16 matrix product on random data.",
+        "PyTorch's own copy_ and matmul, not checked.",
+        measure_ceilings,
+    ),
+    "skip": Suite(
+        "The skip alone, B=4, C=768: a copy of as many bytes, eager, compiled, Triton.",
+        f"{INPUTS} Each skip checked against float64 first.",
+        measure_skip,
+    ),
+    "attention": Suite(
+        "Attention with the skip: two-pass pipelines and the fused kernel.",
+        f"{INPUTS} {THREE_ROWS}",
+        lambda: measure_attention(ATTENTION),
+    ),
+    "tiles": Suite(
+        "The fused kernel with several tiles: rows x keys, warps a program, pipeline stages.",
+        f"{INPUTS} Each checked first against the tile that rcmlib chooses.",
+        measure_tiles,
+    ),
+    "scaling": Suite(
+        "The same at 32768 tokens in all (B·N), from many short sequences to one long one.",
+        f"{INPUTS} {THREE_ROWS}",
+        lambda: measure_attention(SCALING),
+    ),
+}

@@ -1,0 +1,415 @@
+"""rcm_attention's gradients against float64, and what autograd's users ask of them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import rcmlib
+from rcmlib import reference
+from rcmlib.functional import attention
+from tests.inputs import (
+    DTYPES,
+    assert_close,
+    assert_sum_close,
+    gradients,
+    heads,
+    poison_empty,
+    torch_attention,
+)
+
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # a CPU may lack C++
+SHAPES = [  # (B, H, Nq, Nkv, D)
+    (2, 3, 37, 53, 24),  # primes, and D not a power of two
+    (1, 2, 128, 128, 64),  # whole tiles
+    (3, 1, 65, 127, 128),  # one row over, one key under
+    (1, 2, 97, 31, 80),  # fewer keys than a tile holds
+    (1, 1, 50, 50, 17),  # rows that the copy engine cannot address
+    (1, 1, 70, 40, 256),
+]
+
+
+def check(inputs, is_causal=False, residual=None):
+    """Every gradient of rcm_attention on these inputs, held to the tolerance policy."""
+    q, k, v, x, c_skip, c_out = inputs
+    x = x if residual is None else x.to(residual)
+    inputs = (q, k, v, x, c_skip, c_out)
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    ours = gradients(
+        lambda *a: rcmlib.rcm_attention(*a, is_causal=is_causal), inputs, g
+    )
+    peer = gradients(lambda *a: torch_attention(*a, is_causal=is_causal), inputs, g)
+    ref = reference.rcm_attention_backward(g, *inputs, is_causal=is_causal)
+    for a, b, c in zip(ours[:4], ref[:4], peer[:4], strict=True):
+        assert_close(a, b, c)
+    f = reference.merge_heads(reference.attention(q, k, v, is_causal=is_causal))
+    assert_sum_close(ours[4], ref.dc_skip, peer[4], (g * x).to(q.dtype))
+    assert_sum_close(ours[5], ref.dc_out, peer[5], (g * f).to(q.dtype))
+
+
+def test_the_formulas_are_the_derivative_of_the_reference():
+    inputs = heads((2, 2, 5, 7, 4), torch.float64, "cpu")
+    for is_causal in (False, True):
+
+        def forward(*a, is_causal=is_causal):
+            return reference.rcm_attention(*a, scale=0.7, is_causal=is_causal)
+
+        g = torch.randn(2, 5, 8, dtype=torch.float64)
+        formulas = reference.rcm_attention_backward(
+            g, *inputs, scale=0.7, is_causal=is_causal
+        )
+        for a, b in zip(formulas, gradients(forward, inputs, g), strict=True):
+            assert reference.relative_l2(a, b) < 1e-12
+        assert torch.autograd.gradcheck(
+            forward, [a.detach().requires_grad_() for a in inputs]
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernels_agree_with_float64(shape, is_causal, dtype, device):
+    check(heads(shape, dtype, device), is_causal)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    shape=st.tuples(
+        *(st.integers(1, n) for n in (2, 2, 100)),
+        st.integers(2, 100),
+        st.integers(16, 72),
+    ),
+    is_causal=st.booleans(),
+)
+def test_any_length_and_head_dimension_will_do(shape, is_causal):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, num_heads, q_len, kv_len, dim = shape
+    # A causal first query sees one key: if it is alone, dq and dk are zero, up to rounding.
+    q_len = max(q_len, 8)
+    shape = (batch, num_heads, q_len, kv_len, dim)
+    check(heads(shape, torch.float32, device, seed=sum(shape)), is_causal)
+
+
+def test_a_residual_in_float32_beside_sixteen_bit_heads(device):
+    check(heads((2, 2, 40, 50, 32), torch.bfloat16, device), residual=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_single_key_sends_nothing_to_queries_and_keys(dtype, device):
+    inputs = heads((2, 2, 5, 1, 32), dtype, device)
+    g = torch.randn(2, 5, 64).to(inputs[3])
+    dq, dk, dv, *_ = gradients(rcmlib.rcm_attention, inputs, g)
+    scale = dv.abs().max() * torch.finfo(dtype).eps
+    assert dq.abs().max() <= 8 * scale and dk.abs().max() <= 8 * scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("t", [1e-3, 1e-4])
+def test_small_noise_levels_keep_the_tolerance_of_large_ones(t, dtype, device):
+    """The peer runs at c_out = 1: PyTorch in float16 would lose bits of a small c_out."""
+    q, k, v, x, *_ = heads((2, 2, 60, 60, 32), dtype, device)
+    c = rcmlib.edm(torch.tensor([t, t], device=device))
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    inputs = (q, k, v, x, c.c_skip, c.c_out)
+    ours = gradients(rcmlib.rcm_attention, inputs, g)
+    ref = reference.rcm_attention_backward(g, *inputs)
+    one = torch.ones_like(c.c_out)
+    peer = gradients(torch_attention, (q, k, v, x, one, one), g)
+    peer_ref = reference.rcm_attention_backward(g, q, k, v, x, one, one)
+    for a, b, c, d in zip(ours[:4], ref, peer, peer_ref, strict=False):
+        bound = 2 * reference.relative_l2(c, d)
+        bound += 2 * reference.relative_l2(b.to(dtype), b)
+        assert reference.relative_l2(a, b) <= bound
+    f = reference.merge_heads(reference.attention(q, k, v))
+    assert_sum_close(ours[5], ref.dc_out, peer[5], (g * f).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_at_t_zero_only_x_and_the_coefficients_get_a_gradient(dtype, device):
+    q, k, v, x, *_ = heads((2, 2, 33, 33, 32), dtype, device)
+    q[0] *= torch.finfo(dtype).max / 8  # scores that overflow must not matter
+    one, zero = torch.ones(2, device=device), torch.zeros(2, device=device)
+    g = torch.randn(x.shape).to(x)
+    dq, dk, dv, dx, _, dc_out = gradients(
+        rcmlib.rcm_attention, (q, k, v, x, one, zero), g
+    )
+    for t in (dq, dk, dv):
+        assert torch.equal(t, torch.zeros_like(t))
+    assert torch.equal(dx, g)
+    f = reference.merge_heads(reference.attention(q[1:], k[1:], v[1:]))
+    ref = (g[1:] * f).sum((1, 2))
+    assert_sum_close(dc_out[1:].double(), ref, ref, (g[1:] * f).to(dtype))
+
+
+def test_the_gradient_reaches_t(device):
+    q, k, v, x, *_ = heads((3, 2, 30, 30, 16), torch.float32, device)
+
+    def loss(attend, t):
+        c = rcmlib.edm(t)
+        return attend(q, k, v, x, c.c_skip, c.c_out).square().sum()
+
+    t = torch.tensor([0.0, 0.5, 3.0], device=device, dtype=torch.float64)
+    ours, ref = (
+        gradients(lambda t, attend=attend: loss(attend, t), [t], None)[0]
+        for attend in (rcmlib.rcm_attention, reference.rcm_attention)
+    )
+    assert reference.relative_l2(ours, ref) < 1e-6
+
+
+def test_one_number_for_all_samples_gets_one_gradient(device):
+    q, k, v, x, *_ = heads((3, 2, 20, 20, 16), torch.float32, device)
+    c = torch.tensor([0.3, 0.6], dtype=torch.float64, requires_grad=True)  # on the CPU
+    rcmlib.rcm_attention(q, k, v, x, c[0], c[1]).sum().backward()
+    f = reference.merge_heads(reference.attention(q, k, v))
+    ref = torch.stack([x.double().sum(), f.sum()]).cpu()
+    assert reference.relative_l2(c.grad, ref) < 1e-5
+
+
+def test_views_of_a_packed_qkv_and_expanded_keys_get_their_gradients(device):
+    packed = torch.randn(2, 21, 3, 2, 16, device=device)
+    x = torch.randn(2, 21, 32, device=device)
+
+    def layer(attend, packed):
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        k = k[:, :1].expand(-1, 2, -1, -1)  # both heads share the first one's keys
+        return attend(q, k, v, x, 0.5, 0.5)
+
+    g = torch.randn_like(x)
+    ours, ref = (
+        gradients(lambda p, attend=attend: layer(attend, p), [packed], g.to(dtype))[0]
+        for attend, dtype in (
+            (rcmlib.rcm_attention, torch.float32),
+            (reference.rcm_attention, torch.float64),
+        )
+    )
+    assert reference.relative_l2(ours, ref) < 1e-6
+
+
+def test_the_incoming_gradient_may_have_any_strides(device):
+    inputs = heads((2, 2, 20, 20, 16), torch.float32, device)
+    g = torch.randn(2, 32, 20, device=device).mT
+    expected = gradients(rcmlib.rcm_attention, inputs, g.contiguous())
+    for a, b in zip(gradients(rcmlib.rcm_attention, inputs, g), expected, strict=True):
+        assert torch.equal(a, b)
+    ones = torch.ones(2, 20, 32, device=device)
+    expected = gradients(rcmlib.rcm_attention, inputs, ones)
+    summed = gradients(lambda *a: rcmlib.rcm_attention(*a).sum(), inputs, None)
+    for a, b in zip(summed, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_plain_attention_has_gradients_too(device):
+    q, k, v, x, *_ = heads((2, 2, 45, 30, 24), torch.float32, device)
+    g = torch.randn_like(x)
+    ours = gradients(attention, (q, k, v), g)
+    ref = reference.rcm_attention_backward(g, q, k, v, x, 0.0, 1.0)
+    for a, b in zip(ours, ref[:3], strict=True):
+        assert reference.relative_l2(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_element_of_every_gradient_is_written(dtype, device, monkeypatch):
+    poison_empty(monkeypatch)
+    for shape in SHAPES[:4]:
+        inputs = heads(shape, dtype, device)
+        for gradient in gradients(
+            rcmlib.rcm_attention, inputs, torch.ones_like(inputs[3])
+        ):
+            assert torch.isfinite(gradient).all()
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.add(op._schema.name)
+        return op(*args, **(kwargs or {}))
+
+
+def test_only_a_call_that_wants_gradients_saves_anything(device):
+    inputs = heads((1, 1, 20, 20, 16), torch.float32, device)
+    with Called() as without:
+        rcmlib.rcm_attention(*inputs)
+    with Called() as under_no_grad, torch.no_grad():
+        rcmlib.rcm_attention(inputs[0].requires_grad_(), *inputs[1:])
+    with Called() as training:
+        rcmlib.rcm_attention(*inputs)
+    assert "rcmlib::attention_saving" not in without.names | under_no_grad.names
+    assert "rcmlib::attention_saving" in training.names
+
+
+def test_what_needs_no_gradient_is_not_computed(device):
+    q, k, v, x, c_skip, c_out = heads((1, 1, 20, 20, 16), torch.float32, device)
+    out = rcmlib.rcm_attention(q, k, v, x.requires_grad_(), c_skip, c_out)
+    with Called() as called:
+        (dx,) = torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(dx, c_skip.float().view(-1, 1, 1).expand_as(x))
+    assert "rcmlib::attention_backward" not in called.names
+
+
+def test_it_trains_under_torch_compile_in_one_graph(device):
+    inputs = heads((2, 2, 20, 30, 16), torch.float32, device)
+
+    def layer(q, k, v, x, c_skip, c_out):
+        return rcmlib.rcm_attention(q, k, v, 2 * x, c_skip, c_out).sin()
+
+    g = torch.randn_like(inputs[3])
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    for a, b in zip(
+        gradients(compiled, inputs, g), gradients(layer, inputs, g), strict=True
+    ):
+        assert reference.relative_l2(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_has_the_same_gradients(reentrant, device):
+    inputs = heads((2, 2, 20, 30, 16), torch.float32, device)
+    g = torch.randn_like(inputs[3])
+
+    def stored(*a):
+        return rcmlib.rcm_attention(*a)
+
+    def recomputed(*a):
+        return checkpoint(rcmlib.rcm_attention, *a, use_reentrant=reentrant)
+
+    inputs = [a.detach().requires_grad_() for a in inputs]
+    results = []
+    for layer in (stored, recomputed):
+        layer(*inputs).backward(g)
+        results.append([a.grad for a in inputs])
+        for a in inputs:
+            a.grad = None
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_torch_func_grad_works(device):
+    q, k, v, x, c_skip, c_out = heads((2, 2, 20, 30, 16), torch.float32, device)
+
+    def loss(q, c_out):
+        return rcmlib.rcm_attention(q, k, v, x, c_skip, c_out).square().sum()
+
+    ours = torch.func.grad(loss, argnums=(0, 1))(q, c_out)
+    expected = gradients(loss, (q, c_out), None)
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_casts_the_heads_and_leaves_the_residual(device):
+    q, k, v, x, c_skip, c_out = heads((2, 2, 20, 30, 16), torch.float32, device)
+    leaves = [a.requires_grad_() for a in (q, k, v, x)]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = rcmlib.rcm_attention(q, k, v, x, c_skip, c_out)
+    assert out.dtype == torch.float32  # x's
+    out.sum().backward()
+    assert all(a.grad.dtype == torch.float32 for a in leaves)
+    low = [a.detach().bfloat16() for a in (q, k, v)]
+    expected = rcmlib.rcm_attention(*low, x.detach(), c_skip, c_out)
+    assert torch.equal(out.detach(), expected)
+
+
+def test_a_second_derivative_says_that_there_is_none(device):
+    inputs = [
+        a.requires_grad_() for a in heads((1, 1, 4, 4, 16), torch.float32, device)
+    ]
+    out = rcmlib.rcm_attention(*inputs)
+    (dq,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
+
+
+def test_the_operators_pass_opcheck(device):
+    q, k, v, x, c_skip, c_out = heads((2, 2, 9, 7, 16), torch.float32, device)
+    ops = torch.ops.rcmlib
+    for rest in ((x, c_skip, c_out, 0.25, True), (None, None, None, 0.25, False)):
+        torch.library.opcheck(ops.attention_saving, (q, k, v, *rest))
+    out, f, lse = ops.attention_saving(q, k, v, x, c_skip, c_out, 0.25, True)
+    delta = torch.randn_like(lse)
+    torch.library.opcheck(
+        ops.attention_backward, (out, q, k, v, lse, delta, c_out, 0.25, True)
+    )
+    for asked in (
+        (x, f, c_skip, c_out, 16, torch.float32, None),
+        (None, None, c_skip, c_out, None, torch.float32, torch.float32),
+    ):
+        torch.library.opcheck(ops.skip_backward, (out, *asked))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_two_runs_give_the_same_bits(is_causal):
+    inputs = heads((2, 4, 1000, 1000, 64), torch.bfloat16, "cuda")
+    g = torch.randn_like(inputs[3])
+    runs = [
+        gradients(lambda *a: rcmlib.rcm_attention(*a, is_causal=is_causal), inputs, g)
+        for _ in range(3)
+    ]
+    for again in runs[1:]:
+        for a, b in zip(runs[0], again, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_integer_inputs_give_the_exact_gradient_over_many_seeds(dim):
+    """All scores equal over 64 keys, small integers: dv is exact in any order.
+
+    Guards against a matrix instruction reading its register operand too late.
+    """
+    for seed in range(30):
+        torch.manual_seed(seed)
+        q = torch.zeros(2, 4, 128, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = torch.randint(-4, 5, (2, 2, 4, 64, dim), device="cuda").bfloat16()
+        x = torch.zeros(2, 128, 4 * dim, device="cuda", dtype=torch.bfloat16)
+        g = torch.randint(-1, 2, x.shape, device="cuda").bfloat16()
+        inputs = [a.requires_grad_() for a in (q, k, v)]
+        out = rcmlib.rcm_attention(*inputs, x, 1.0, 1.0)
+        dq, _, dv = torch.autograd.grad(out, inputs, g)
+        ref = reference.rcm_attention_backward(g, q, k, v, x, 1.0, 1.0)
+        assert torch.equal(dv, ref.dv.bfloat16())
+        assert_close(dq, ref.dq, ref.dq.bfloat16())
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31_elements():
+    """g, F and dq have 2.3·10⁹ elements; the last tokens sit beyond int32."""
+    tokens, dim = 70_001, 128
+    q = torch.randn(1, 1, tokens, dim, device="cuda", dtype=torch.bfloat16)
+    q = q.expand(-1, 256, -1, -1).requires_grad_()
+    k, v = torch.randn(2, 1, 1, 64, dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (t.expand(-1, 256, -1, -1).requires_grad_() for t in (k, v))
+    x = torch.zeros((), device="cuda", dtype=torch.bfloat16).expand(1, tokens, 1)
+    x = x.expand(-1, -1, 256 * dim).contiguous()
+    g = torch.randn_like(x)
+    out = rcmlib.rcm_attention(q, k, v, x, 1.0, 1.0)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), g)
+    del out
+    last = [t[:, -2:].detach() for t in (q, k, v)]
+    ours = [t[:, -2:] for t in (dq, dk, dv)]
+    inputs = (*last, x[..., -2 * dim :], 1.0, 1.0)
+    g = g[..., -2 * dim :]
+    ref = reference.rcm_attention_backward(g, *inputs)
+    peer = gradients(lambda *a: torch_attention(*a, *inputs[3:]), last, g)
+    for a, b, c in zip(ours, ref[:3], peer, strict=True):
+        assert_close(a, b, c)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_can_hold_a_training_step():
+    inputs = heads((2, 2, 100, 100, 64), torch.bfloat16, "cuda")
+    g = torch.randn_like(inputs[3])
+    expected = gradients(rcmlib.rcm_attention, inputs, g)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = gradients(rcmlib.rcm_attention, inputs, g)
+    for t in results:
+        t.fill_(float("nan"))
+    graph.replay()
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
