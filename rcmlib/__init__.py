@@ -9,7 +9,7 @@ from rcmlib.ops import set_interpreter_default
 
 set_interpreter_default()  # before anything imports Triton
 
-from rcmlib import reference  # noqa: E402
+from rcmlib import integrate, reference  # noqa: E402
 from rcmlib.coefficients import Coefficients, edm, rectified_flow, trigflow  # noqa: E402
 from rcmlib.functional import (  # noqa: E402
     gated_projection,
@@ -17,14 +17,22 @@ from rcmlib.functional import (  # noqa: E402
     rcm_projection,
     rcm_skip,
 )
-from rcmlib.modules import BaselineRCMAttention, FusedRCMAttention  # noqa: E402
+from rcmlib.modules import (  # noqa: E402
+    BaselineRCMAttention,
+    FusedRCMAttention,
+    TransformerBlock,
+    TritonFusedRCMAttention,
+)
 
 __all__ = [
     "BaselineRCMAttention",
     "Coefficients",
     "FusedRCMAttention",
+    "TransformerBlock",
+    "TritonFusedRCMAttention",
     "edm",
     "gated_projection",
+    "integrate",
     "rcm_attention",
     "rcm_projection",
     "rcm_skip",

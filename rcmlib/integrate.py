@@ -1,4 +1,4 @@
-"""Switches a model's attention and residuals to the fused kernels, in place, and back.
+"""Switches a model's attention and its residual to the fused kernels, in place, and back.
 
     report = fuse(model)      # what was replaced, and why the rest was left
     unfuse(model)             # the original again
@@ -20,8 +20,6 @@ from rcmlib.functional.checks import DTYPES
 from rcmlib.modules import (
     BaselineRCMAttention,
     FusedRCMAttention,
-    FusedTransformerBlock,
-    TransformerBlock,
     TritonFusedRCMAttention,
 )
 from rcmlib.wan import FusedWanBlock, WanBlock, WanSelfAttention
@@ -74,8 +72,8 @@ def fuse(model: nn.Module) -> Report:
     """Replaces, in place, every module of the tree (model included) that has a fused form.
 
     BaselineRCMAttention and FusedRCMAttention compute like TritonFusedRCMAttention;
-    TransformerBlock and WanBlock take their residuals into the epilogues of the linears
-    before them. Outputs and gradients change by rounding only. Modules already fused stay.
+    WanBlock computes its attention like them, with the gated residual in the epilogue of o.
+    Outputs and gradients change by rounding only. Modules already fused stay.
     Nothing is launched or moved; the kernels' own conditions (Triton, a device, a dtype)
     are checked when the model is called. TypeError if model is no torch.nn.Module.
     """
@@ -133,22 +131,17 @@ class _Recipe(NamedTuple):
     # each must have exactly: a subclass or a stand-in (LoRA, quantised) computes more.
     bypassed: dict[str, type[nn.Module]]
     # The attention's output projection, which tells the head dimension.
-    projection: str | None
+    projection: str
 
 
 RECIPES = {
     BaselineRCMAttention: _Recipe(TritonFromBaseline, {"proj": nn.Linear}, "proj"),
     FusedRCMAttention: _Recipe(TritonFromFused, {"proj": nn.Linear}, "proj"),
-    TransformerBlock: _Recipe(
-        FusedTransformerBlock, {"mlp": nn.Sequential, "mlp.2": nn.Linear}, None
-    ),
     WanBlock: _Recipe(
         FusedWanBlock,
         {
             "self_attn": WanSelfAttention,
             "self_attn.o": nn.Linear,
-            "ffn": nn.Sequential,
-            "ffn.2": nn.Linear,
         },
         "self_attn.o",
     ),
@@ -202,14 +195,10 @@ def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str | None:
         if parameter.is_floating_point() and parameter.dtype not in DTYPES:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             return f"{name} is {parameter.dtype}, the kernels take {allowed}"
-    if recipe.projection:
-        owner = module.get_submodule(recipe.projection.rpartition(".")[0])
-        dim = module.get_submodule(recipe.projection).in_features
-        if dim // owner.num_heads not in HEAD_DIMS:
-            return (
-                f"head dimension {dim // owner.num_heads}, the kernels take "
-                f"{HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
-            )
+    owner = module.get_submodule(recipe.projection.rpartition(".")[0])
+    head_dim = module.get_submodule(recipe.projection).in_features // owner.num_heads
+    if head_dim not in HEAD_DIMS:
+        return f"head dimension {head_dim}, the kernels take {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
     return None
 
 
@@ -223,8 +212,6 @@ def _why_not_bypass(
         return f"a hook on {name} would no longer run"
     if "forward" in vars(part):
         return f"{name}.forward was replaced on the instance"
-    if expected is nn.Sequential and len(part) != 3:
-        return f"{name} has {len(part)} layers, not 3"
     if expected is nn.Linear and type(part.weight) not in (nn.Parameter, Tensor):
         return f"{name}.weight is a {type(part.weight).__name__}, not a plain tensor"
     return None

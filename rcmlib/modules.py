@@ -161,6 +161,8 @@ class TransformerBlock(nn.Module):
 
     The order is that of a Wan or TurboDiffusion block, without text and modulation (for
     those: `rcmlib.wan`). At t = 0 attention falls away and h = x; the MLP remains.
+    `rcmlib.integrate.fuse` replaces its attention. The MLP's residual is left to PyTorch:
+    behind so long a product, an epilogue gains less than our product loses (chapter 8).
     Parameters: attn.norm.*, attn.qkv.*, attn.proj.*, norm.*, mlp.0.*, mlp.2.*.
     """
 
@@ -187,20 +189,6 @@ class TransformerBlock(nn.Module):
         """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
         x = self.attn(x, t)
         return x + self.mlp(self.norm(x))
-
-
-class FusedTransformerBlock(TransformerBlock):
-    """What `fuse` makes of a TransformerBlock: the MLP's residual rides on its last linear.
-
-    Its attention is a module of its own, which `fuse` turns into the Triton one.
-    """
-
-    def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
-        x = self.attn(x, t)
-        widen, activation, narrow = self.mlp
-        h = activation(widen(self.norm(x)))
-        return rcm_projection(h, narrow.weight, narrow.bias, x, 1.0, 1.0)
 
 
 def _check_tokens(x: Tensor, dim: int) -> None:

@@ -206,7 +206,12 @@ def test_without_triton_the_torch_parts_work_and_a_kernel_call_says_what_to_do()
 
 
 @pytest.mark.parametrize(
-    "module", [rcmlib.BaselineRCMAttention, rcmlib.FusedRCMAttention]
+    "module",
+    [
+        rcmlib.BaselineRCMAttention,
+        rcmlib.FusedRCMAttention,
+        rcmlib.TritonFusedRCMAttention,
+    ],
 )
 def test_modules_refuse(module):
     with pytest.raises(ValueError, match="dim must be a multiple of num_heads"):

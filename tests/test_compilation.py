@@ -35,7 +35,7 @@ def attention_jobs(capability):
 
 
 def projection_jobs(capability):
-    """The skip, a gate a channel and a gate a token; saving F or not; short and long products."""
+    """The skip, a gate a channel or a token; saving F or not; short and long products."""
     short, middle = {"cols": 768, "depth": 768}, {"cols": 768, "depth": 3072}
     for size, rank, saving in [
         (short, 1, False),

@@ -16,7 +16,16 @@ def test_the_landing_picture_was_drawn_from_the_stored_record():
 
 @pytest.mark.parametrize(
     "draw",
-    [figures.headline, figures.dataflow, figures.seed_times, figures.against_cudnn],
+    [
+        figures.headline,
+        figures.dataflow,
+        figures.seed_times,
+        figures.against_cudnn,
+        figures.two_walks,
+        figures.training_ratios,
+        figures.block_times,
+        figures.wan_block_places,
+    ],
 )
 def test_a_figure_has_an_opaque_white_background(draw):
     figure = draw()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rcmlib
-from rcmlib import modules, reference
+from rcmlib import integrate, modules, reference
 from tests.inputs import DTYPES, assert_close
 
 LAYERS = {
@@ -209,10 +209,12 @@ class _Cast(nn.Module):
 # ---- the block ----
 
 
-@pytest.fixture(params=[modules.TransformerBlock, modules.FusedTransformerBlock])
+@pytest.fixture(params=["in PyTorch", "fused"])
 def block(request, device):
     torch.manual_seed(0)
-    block = request.param(48, num_heads=3, mlp_ratio=2.5).to(device)
+    block = modules.TransformerBlock(48, num_heads=3, mlp_ratio=2.5).to(device)
+    if request.param == "fused":
+        assert len(integrate.fuse(block).replaced) == 1
     for norm in (block.attn.norm, block.norm):  # no longer the identity's 1 and 0
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)

@@ -164,7 +164,7 @@ def _projection(job: Job):
     dtype = TYPES[job.dtype]
     target = (getattr(torch, job.dtype), divmod(job.capability, 10))
     cols, depth = job.cols + job.ragged, job.depth + job.ragged
-    tile = projection.choose_tile(job.rows, cols, depth, *target)
+    tile = projection.choose_tile(job.rows, cols, depth, job.c_out_rank > 1, *target)
     tma = job.aligned and projection.copy_engine(*target)
     kernel = projection.projection_kernel
     types = {name: "i32" for name in kernel.arg_names if name.startswith("stride")}

@@ -232,9 +232,16 @@ class Tile(NamedTuple):
 
 
 def choose_tile(
-    rows: int, cols: int, depth: int, dtype: torch.dtype, capability: tuple[int, int]
+    rows: int,
+    cols: int,
+    depth: int,
+    gated: bool,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
 ) -> Tile:
     """The tile for a [rows, depth] × [depth, cols] product on a GPU of this architecture.
+
+    gated: c_out is a tile, which wants registers.
 
     Every line compiles without spills (tests/test_compilation.py); sm_90's were measured
     (chapter 8). float32 uses the ordinary FMA units, for IEEE products, and keeps its
@@ -253,7 +260,8 @@ def choose_tile(
         # multiplies while another ends.
         if rows * cols < 2 * 132 * 128 * 256:
             if depth < 2048:
-                return Tile(64, 128, 64, num_warps=4, num_stages=3)
+                parts = 2 if gated else 1  # at most 168 registers, or only two fit
+                return Tile(64, 128, 64, num_warps=4, num_stages=3, parts=parts)
             return Tile(
                 128, 128, 64, num_warps=8, num_stages=4, parts=4, persistent=True
             )
@@ -272,7 +280,7 @@ def projection_forward(
     batch, rows, depth = a.shape
     cols = weight.shape[0]
     capability = architecture(a)
-    tile = choose_tile(batch * rows, cols, depth, a.dtype, capability)
+    tile = choose_tile(batch * rows, cols, depth, c_out.ndim > 1, a.dtype, capability)
     a4, w4 = a[:, None], weight[None, None]
     tma = copy_engine(a.dtype, capability) and descriptors_allowed(a4, w4)
     if tma:
