@@ -168,6 +168,14 @@ def test_a_device_that_triton_does_not_serve_is_refused(device):
         rcmlib.ops.check_device("q", torch.device(device))
 
 
+def test_a_first_argument_on_the_meta_device_is_refused_beside_others_elsewhere(device):
+    a, x, weight = (
+        torch.ones(s, device=device) for s in [(1, 4, 16), (1, 4, 8), (8, 16)]
+    )
+    with pytest.raises(ValueError, match="weight must be on a's device meta, got"):
+        rcmlib.rcm_projection(a.to("meta"), weight, None, x, 0.5, 0.5)
+
+
 def test_a_gpu_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match="compute capability 8.0 .* or newer, got 7.5"):

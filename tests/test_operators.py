@@ -4,9 +4,35 @@ import pytest
 import torch
 
 import rcmlib
+from rcmlib import reference
+from rcmlib.functional import attention
 from tests.inputs import heads
 
 BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # a CPU may lack C++
+
+
+SKIP = 0.3, 0.6
+EVERY_FUNCTION = {  # of q, k, v [2, 2, 6, 16], x [2, 6, 32] and a weight [32, 32]
+    "rcm_attention": lambda q, k, v, x, w: rcmlib.rcm_attention(q, k, v, x, *SKIP),
+    "attention": lambda q, k, v, x, w: attention(q, k, v) + x * w.sum(),
+    "rcm_projection": lambda q, k, v, x, w: rcmlib.rcm_projection(
+        reference.merge_heads(q), w, None, x, *SKIP
+    ),
+    "gated_projection": lambda q, k, v, x, w: rcmlib.gated_projection(
+        reference.merge_heads(q), w, None, x, w[:2]
+    ),
+    "rcm_skip": lambda q, k, v, x, w: rcmlib.rcm_skip(
+        x, reference.merge_heads(q), *SKIP
+    ),
+}
+every_function = pytest.mark.parametrize(
+    "function", EVERY_FUNCTION.values(), ids=EVERY_FUNCTION
+)
+
+
+def arguments(device, tokens=6):
+    q, k, v, x, *_ = heads((2, 2, tokens, tokens, 16), torch.float32, device)
+    return q, k, v, x, torch.randn(32, 32, device=device)
 
 
 @pytest.fixture(params=["numbers", "per sample"])
@@ -43,6 +69,75 @@ def test_the_operators_pass_opcheck(device):
     torch.library.opcheck(
         torch.ops.rcmlib.attention, (q, k, v, x, c_skip, c_out, 0.25, True)
     )
+
+
+@every_function
+def test_one_compiled_graph_trains_at_many_lengths(function, device):
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=BACKEND)
+    for tokens in (6, 9, 70):
+        leaves = [a.requires_grad_() for a in arguments(device, tokens)]
+        out = compiled(*leaves)
+        assert reference.relative_l2(out, function(*leaves)) < 1e-6
+        out.sum().backward()
+
+
+@every_function
+def test_forward_mode_is_refused_and_never_a_zero_tangent(function, device):
+    q, *rest = arguments(device)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: function(q, *rest), (q,), (torch.ones_like(q),))
+
+
+@pytest.mark.parametrize(
+    "name", ["rcm_attention", "attention", "rcm_projection", "gated_projection"]
+)
+def test_a_second_derivative_is_refused_after_a_linear_loss_too(name, device):
+    """PyTorch's own once_differentiable would let it vanish: g depends on nothing."""
+    q, *rest = (a.requires_grad_() for a in arguments(device))
+    out = EVERY_FUNCTION[name](q, *rest)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
+
+
+def test_nested_torch_func_is_refused_and_never_zero(device):
+    q, k, v, *_ = arguments(device)
+
+    def slope(q):
+        return torch.func.grad(lambda q: attention(q, k, v).square().sum())(q).sum()
+
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.func.grad(slope)(q)
+
+
+class Stopped(torch.autograd.Function):
+    """The identity, which passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@every_function
+def test_a_missing_gradient_is_no_gradient(function, device):
+    leaves = [a.requires_grad_() for a in arguments(device)]
+    (Stopped.apply(function(*leaves)).sum() + leaves[0].sum()).backward()
+    assert torch.equal(leaves[0].grad, torch.ones_like(leaves[0]))
+
+
+@every_function
+def test_torch_s_default_device_does_not_matter(function, device):
+    leaves = [a.requires_grad_() for a in arguments(device)]
+    expected = function(*leaves)
+    g = torch.ones_like(expected)
+    with torch.device("meta"):
+        out = function(*leaves)
+        out.backward(g)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rcmlib import ops
 from rcmlib.functional.checks import (
@@ -13,9 +12,11 @@ from rcmlib.functional.checks import (
     check_tensor,
     coefficient_grad,
     coefficients,
+    constant,
     dense_rows,
     dims,
     launch,
+    once_differentiable,
     wanted,
     wants_grad,
 )
@@ -41,7 +42,8 @@ def rcm_projection(
     Where c_skip = 1 and c_out = 0 the result is x, bit for bit.
     Differentiable in all six, deterministically. A call that wants the gradient of c_out also
     saves F = a Wᵀ + bias in a's dtype, so that it is right at any noise level, t = 0 included.
-    The matrix products of the backward pass are PyTorch's.
+    The matrix products of the backward pass are PyTorch's. Second derivatives and forward
+    mode (torch.func.jvp) raise an error.
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     Specification: `rcmlib.reference.rcm_projection`. Equation: rCM, arXiv 2510.08431.
     """
@@ -73,7 +75,7 @@ def gated_projection(
             f"got {dims(gate)}"
         )
     check_contiguous_rows("gate", gate)
-    return _project(a, weight, bias, x, torch.ones((), dtype=torch.float64), gate)
+    return _project(a, weight, bias, x, constant(1.0), gate)
 
 
 def _project(a, weight, bias, x, c_skip, c_out) -> Tensor:
@@ -143,7 +145,7 @@ def _(a, weight, bias, x, c_skip, c_out, save_f):
 def _gate_backward(
     grad: Tensor, f: Tensor | None, gate: Tensor, df_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    from rcmlib.ops.projection import gate_backward
+    from rcmlib.ops.gate import gate_backward
 
     dtypes = (df_dtype or grad.dtype, gate.dtype)
     return launch(gate_backward, dtypes, grad, f, gate, df_dtype)
@@ -182,6 +184,8 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _f):
+        if grad is None:  # what came after passed none on
+            return (None,) * 7
         a, weight, x, f, c_skip, c_out = ctx.saved_tensors
         needed = ctx.needs_input_grad
         grad = dense_rows(grad)

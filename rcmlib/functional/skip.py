@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rcmlib import ops
 from rcmlib.functional.checks import (
@@ -13,6 +12,7 @@ from rcmlib.functional.checks import (
     dense_rows,
     dims,
     launch,
+    once_differentiable,
     wanted,
 )
 

@@ -4,7 +4,7 @@ a [B, N, K], weight [C, K] (as nn.Linear keeps it), bias [C]; x, out [B, N, C]. 
 BLOCK_M tokens of one sample and BLOCK_N channels, and walks over K in steps of BLOCK_K.
 c_out is a number, [B], or a gate [B, C] or [B, N, C], which is a c_out for each channel.
 
-    df = c_out·g,   da = df W,   dW = dfᵀ a,   dbias = Σ df,   dgate = g·f     (g = ∂L/∂out)
+    df = c_out·g,   da = df W,   dW = dfᵀ a,   dbias = Σ df,   dgate: ops/gate.py  (g = ∂L/∂out)
 
 HBM: a, weight and x are read, out is written; f = a Wᵀ + bias exists only in registers. It is
 written too where the backward pass needs it (for dc_out or dgate). Recomputing it would cost a
@@ -26,6 +26,7 @@ from rcmlib.ops.attention import (
     dot_precision,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
+from rcmlib.ops.gate import load_gate, strides_of_gate
 
 
 @triton.jit
@@ -48,16 +49,6 @@ def load_block(src, b, row, k, rows, depth, stride_b, stride_r,
             return tl.load(tile, mask=c < depth, other=0.0)
         else:
             return tl.load(tile)
-
-
-@triton.jit
-def load_gate(gate, b, n, c, inside, stride_b, stride_n, PER_TOKEN: tl.constexpr):
-    """The gate of a tile in float32: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] for all tokens."""
-    row = gate + tl.cast(b, tl.int64) * stride_b + c
-    if PER_TOKEN:
-        return tl.load(row + n * stride_n, mask=inside, other=0.0).to(tl.float32)
-    else:
-        return tl.load(row, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -186,38 +177,6 @@ def projection_kernel(a, weight, bias, x, out, f, c_skip, c_out,
                      TMA, RAGGED, C_OUT_RANK, PRECISION)  # fmt: skip
 
 
-@triton.jit
-def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
-                         stride_gb, stride_gn, stride_cb, stride_cn,
-                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-                         PER_TOKEN: tl.constexpr):  # fmt: skip
-    """df = gate·g and dgate = g·f, each if not None. Unless the gate is PER_TOKEN, dgate is
-    summed over BLOCK_R tokens, [B, ⌈N / BLOCK_R⌉, C]. The caller adds up those."""
-    pid = tl.program_id(0)
-    col_tiles = tl.cdiv(cols, BLOCK_C)
-    row_tiles = tl.cdiv(rows, BLOCK_R)
-    tile = pid // col_tiles
-    b = tile // row_tiles
-    n = (tile % row_tiles * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
-    c = (pid % col_tiles * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    inside = (n < rows) & (c < cols)
-    b64, n64 = tl.cast(b, tl.int64), n.to(tl.int64)
-    g = tl.load(grad + b64 * stride_gb + n64 * stride_gn + c, mask=inside, other=0.0)
-    g = g.to(tl.float32)
-    here = (b64 * rows + n64) * cols + c
-    if df is not None:
-        scale = load_gate(gate, b, n64, c, inside if PER_TOKEN else c < cols,
-                          stride_cb, stride_cn, PER_TOKEN)  # fmt: skip
-        tl.store(df + here, (scale * g).to(df.dtype.element_ty), mask=inside)
-    if f is not None:
-        product = g * tl.load(f + here, mask=inside, other=0.0).to(tl.float32)
-        if PER_TOKEN:
-            tl.store(dgate + here, product.to(dgate.dtype.element_ty), mask=inside)
-        else:
-            sums = tl.sum(product, 0)[None, :]
-            tl.store(dgate + tl.cast(tile, tl.int64) * cols + c, sums, mask=c < cols)
-
-
 class Tile(NamedTuple):
     """How much of the problem one program holds, and with how many warps and buffers."""
 
@@ -312,37 +271,3 @@ def projection_forward(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out, f
-
-
-def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(df, dgate) from g = grad [B, N, C], f (contiguous) and the gate; empty if not asked for.
-
-    df is computed if its dtype is given, dgate, in the gate's shape and dtype, if f is.
-    """
-    batch, rows, cols = grad.shape
-    block_r, block_c = 32, 128
-    row_tiles = triton.cdiv(rows, block_r)
-    per_token = gate.ndim == 3
-
-    def result(wanted, shape, dtype):
-        shape = shape if wanted else (0,)
-        return torch.empty(shape, dtype=dtype or grad.dtype, device=grad.device)
-
-    df = result(df_dtype, grad.shape, df_dtype)
-    if per_token:
-        dgate = result(f is not None, grad.shape, gate.dtype)
-    else:
-        dgate = result(f is not None, (batch, row_tiles, cols), torch.float32)
-    gate_backward_kernel[(batch * row_tiles * triton.cdiv(cols, block_c),)](
-        grad, f, gate, df if df_dtype else None, dgate, rows, cols,
-        *grad.stride()[:2], *strides_of_gate(gate),
-        BLOCK_R=block_r, BLOCK_C=block_c, PER_TOKEN=per_token,
-    )  # fmt: skip
-    if f is not None and not per_token:
-        dgate = dgate.sum(1, dtype=torch.float64).to(gate.dtype)
-    return df, dgate
-
-
-def strides_of_gate(gate: torch.Tensor) -> tuple[int, int]:
-    """Between samples and between tokens (0 for a gate [B, C]: all tokens share it)."""
-    return gate.stride(0), gate.stride(1) if gate.ndim == 3 else 0

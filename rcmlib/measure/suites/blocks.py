@@ -173,13 +173,14 @@ def wan_case(name: str) -> dict:
         for kind in ("FLASH", "CUDNN")
     )
     ref = forward(block, cudnn)
-    graphs = {}
+    graphs, kept = {}, []  # a graph reads weights that it does not keep alive
     for label, module, backend in (
         ("flash", block, flash),
         ("cudnn", block, cudnn),
         ("fused", fused, contextlib.nullcontext),
     ):
         for suffix, variant in (("", module), ("_compiled", compiled(module))):
+            kept.append(variant)
             torch.compiler.reset()  # or it would reuse the graph with flash for cuDNN
             run = partial(forward, variant, backend)
             right = right_ones({label + suffix: run}, ref, 0.01, name)
