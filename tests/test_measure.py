@@ -47,6 +47,7 @@ def test_the_published_saving_is_27_percent_and_the_honest_one_18():
         "scaling",
         "gradients",
         "projection",
+        "modules",
         "blocks",
     ],
 )

@@ -107,9 +107,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not isinstance(first, Tensor):
         return tensors
     device = first.device.type
-    if not (
-        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    ):
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

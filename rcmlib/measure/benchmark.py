@@ -2,7 +2,7 @@
 
 Suites: ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention, tiles and
 scaling (chapter 6: the table, the choice of tiles, the 1/N law), gradients (chapter 7),
-projection and blocks (chapter 8). Each writes one record. Every implementation of
+projection, modules and blocks (chapter 8). Each writes one record. Every implementation of
 the skip is checked first, on the very inputs it is timed on, and refused a time if it is
 wrong; the record's method says against what.
 """

@@ -169,8 +169,8 @@ def wan_case(name: str) -> dict:
             return module(x, e, grid)
 
     flash, cudnn = (
-        partial(sdpa_kernel, SDPBackend[f"{kind}_ATTENTION"])
-        for kind in ("FLASH", "CUDNN")
+        partial(sdpa_kernel, backend)
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     )
     ref = forward(block, cudnn)
     graphs, kept = {}, []  # a graph reads weights that it does not keep alive
@@ -190,13 +190,16 @@ def wan_case(name: str) -> dict:
     return result
 
 
+def measure_modules() -> list[dict]:
+    torch.manual_seed(0)
+    return module_cases("module", modules.BaselineRCMAttention(SEED["C"], SEED["H"]))
+
+
 def measure_blocks() -> list[dict]:
     torch.manual_seed(0)
-    shape = (SEED["C"], SEED["H"])
     return [
-        *module_cases("module", modules.BaselineRCMAttention(*shape)),
-        *module_cases("transformer", modules.TransformerBlock(*shape)),
         *(wan_case(name) for name in GRIDS),
+        *module_cases("transformer", modules.TransformerBlock(SEED["C"], SEED["H"])),
     ]
 
 
@@ -210,12 +213,18 @@ SUITES = {
         "product and a skip in float64, or (gradients) PyTorch in float32.",
         lambda: [projection_case(name) for name in PROJECTIONS],
     ),
+    "modules": Suite(
+        "The rCM attention layer as a module, with its projections: forward, and forward with "
+        "backward.",
+        "bf16. Replayed from a CUDA graph. Each checked first against PyTorch in float32.",
+        measure_modules,
+    ),
     "blocks": Suite(
-        "Whole modules: the rCM attention layer and a transformer block (bf16), and a Wan "
-        "2.1 1.3B block without cross-attention (bf16 weights and autocast, residual stream "
-        "and modulation float32).",
-        "Replayed from a CUDA graph. Layer and transformer block checked first against "
-        "PyTorch in float32, the Wan block's variants against the one on cuDNN.",
+        "A Wan 2.1 1.3B block without cross-attention (bf16 weights and autocast, residual "
+        "stream and modulation float32; forward), and a transformer block with the rCM "
+        "attention layer (bf16).",
+        "Replayed from a CUDA graph. Checked first: the transformer block against PyTorch in "
+        "float32, the Wan block's variants against the one on cuDNN.",
         measure_blocks,
     ),
 }
