@@ -20,6 +20,18 @@ from rcmlib.figures.epilogue import (
     seed_times,
 )
 from rcmlib.figures.fusing import launches, saved_bytes, skip_cost
+from rcmlib.figures.gradients import (
+    loss_curves,
+    lost_delta,
+    training_ratios,
+    two_walks,
+)
+from rcmlib.figures.projection import (
+    birth_of_a_tile,
+    block_times,
+    projection_gain,
+    wan_block_places,
+)
 from rcmlib.figures.skip import copy_ceiling, programs_1d, programs_3d
 from rcmlib.figures.style import PALETTE, new_figure
 from rcmlib.figures.tiles import (
@@ -33,6 +45,8 @@ __all__ = [
     "PALETTE",
     "against_cudnn",
     "attention_rates",
+    "birth_of_a_tile",
+    "block_times",
     "cancellation",
     "coefficients_over_time",
     "copy_ceiling",
@@ -40,6 +54,8 @@ __all__ = [
     "headline",
     "launches",
     "ledger_boxes",
+    "loss_curves",
+    "lost_delta",
     "new_figure",
     "noise_levels",
     "one_over_n",
@@ -47,6 +63,7 @@ __all__ = [
     "photo_to_tokens",
     "programs_1d",
     "programs_3d",
+    "projection_gain",
     "rescaling",
     "saved_bytes",
     "score_memory",
@@ -55,4 +72,7 @@ __all__ = [
     "skip_share",
     "three_places",
     "tiles_in_flight",
+    "training_ratios",
+    "two_walks",
+    "wan_block_places",
 ]
