@@ -14,7 +14,7 @@ import rcmlib
 from rcmlib import integrate, modules, reference
 from rcmlib.measure import timing
 from rcmlib.measure.pipelines import eager_skip
-from rcmlib.measure.suites.suite import Suite, case
+from rcmlib.measure.suites.suite import Suite, case, free, right_ones
 from rcmlib.wan import WanBlock
 
 PROJECTIONS = {  # (B, N, K, C)
@@ -34,18 +34,14 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
-def right_ones(functions: dict[str, Callable], ref, bound: float, name: str) -> dict:
-    """Those whose result is within `bound` of ref (relative L2); the others are named."""
-    right = {}
-    for label, run in functions.items():
-        out = run()
+def distance(ref: Tensor | tuple[Tensor, ...]) -> Callable[[str, object], float]:
+    """The relative L2 error against ref; of several tensors, the largest."""
+
+    def error(_, out):
         pairs = [(out, ref)] if isinstance(out, Tensor) else zip(out, ref, strict=True)
-        error = max(reference.relative_l2(a, b) for a, b in pairs)
-        if error < bound:
-            right[label] = run
-        else:
-            print(f"{name}: {label} is wrong (error {error:.2g}): not timed")
-    return right
+        return max(reference.relative_l2(a, b) for a, b in pairs)
+
+    return error
 
 
 def gated(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
@@ -84,11 +80,10 @@ def projection_case(name: str) -> dict:
     }
     f = linear().double()
     functions = {"linear": linear}
-    functions |= right_ones(with_skip, reference.skip(x, f, *c), 0.01, name)
-    functions |= right_ones(with_gate, gated(x.double(), f, gate), 0.01, name)
-    steps = right_ones(
-        steps, projection_gradients(a, weight, bias, x, c, g), 0.02, name
-    )
+    functions |= right_ones(with_skip, distance(reference.skip(x, f, *c)), 0.01, name)
+    functions |= right_ones(with_gate, distance(gated(x.double(), f, gate)), 0.01, name)
+    ref = projection_gradients(a, weight, bias, x, c, g)
+    steps = right_ones(steps, distance(ref), 0.02, name)
     functions |= {label: timing.graph(run) for label, run in steps.items()}
     sizes = dict(zip("BNKC", PROJECTIONS[name], strict=True))
     result = case(name, sizes, timing.compare(functions))
@@ -101,11 +96,6 @@ def projection_gradients(a, weight, bias, x, c, g) -> tuple[Tensor, ...]:
     leaves = [t.float().requires_grad_() for t in (a, weight, bias, x)]
     out = eager_skip(leaves[3], F.linear(*leaves[:3]), *c)
     return torch.autograd.grad(out, leaves, g.float())
-
-
-def free() -> None:
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
 
 
 def compiled(module: torch.nn.Module) -> torch.nn.Module:
@@ -144,7 +134,7 @@ def module_cases(name: str, baseline: torch.nn.Module) -> list[dict]:
     for run in (forward, step):
         label = f"{name}_{'forward' if run is forward else 'training'}"
         functions = {n: partial(run, m) for n, m in variants.items()}
-        functions = right_ones(functions, run(exact, x.float()), 0.05, label)
+        functions = right_ones(functions, distance(run(exact, x.float())), 0.05, label)
         graphs = {n: timing.graph(f) for n, f in functions.items()}
         cases.append(case(label, SEED, timing.compare(graphs)))
     free()
@@ -172,7 +162,7 @@ def wan_case(name: str) -> dict:
         partial(sdpa_kernel, backend)
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     )
-    ref = forward(block, cudnn)
+    error = distance(forward(block, cudnn))
     graphs, kept = {}, []  # a graph reads weights that it does not keep alive
     for label, module, backend in (
         ("flash", block, flash),
@@ -183,7 +173,7 @@ def wan_case(name: str) -> dict:
             kept.append(variant)
             torch.compiler.reset()  # or it would reuse the graph with flash for cuDNN
             run = partial(forward, variant, backend)
-            right = right_ones({label + suffix: run}, ref, 0.01, name)
+            right = right_ones({label + suffix: run}, error, 0.01, name)
             graphs |= {n: timing.graph(f) for n, f in right.items()}
     result = case(name, {"B": 1, "N": tokens, **WAN}, timing.compare(graphs))
     free()

@@ -14,7 +14,7 @@ from rcmlib.measure.pipelines import (
     compile_skip,
     eager_skip,
 )
-from rcmlib.measure.suites.suite import INPUTS, Suite, case
+from rcmlib.measure.suites.suite import INPUTS, Suite, case, free, right_ones
 
 THREE_ROWS = "Three query rows of each checked against float64 first."
 # name: (B, H, N, D)
@@ -35,28 +35,21 @@ TILES = [
 ]  # fmt: skip
 
 
-def measure_attention(shapes: dict[str, tuple[int, ...]]) -> list[dict]:
-    cases = []
-    for name, shape in shapes.items():
-        q, k, v, x, c_skip, c_out = inputs = attention_inputs(*shape)
-        pipelines = attention_pipelines(*inputs)
-        rows = torch.tensor([0, shape[2] // 2, shape[2] - 1], device="cuda")
-        some = (q[:, :, rows], k, v, x[:, rows])
-        with_skip = reference.rcm_attention(*some, c_skip, c_out)
-        alone = reference.rcm_attention(*some, 0.0, 1.0)
-        right = {}
-        for label, run in pipelines.items():
-            ref = alone if label in ATTENTION_ALONE else with_skip
-            error = reference.relative_l2(run()[:, rows], ref)
-            if error < 0.01:
-                right[label] = run
-            else:
-                print(f"{name}: {label} is wrong (error {error:.2g}): not timed")
-        times = timing.compare(right)
-        cases.append(case(name, dict(zip("BHND", shape, strict=True)), times))
-        del q, k, v, x, inputs, pipelines, right, some
-        torch.compiler.reset()
-    return cases
+def attention_case(name: str, shape: tuple[int, ...]) -> dict:
+    q, k, v, x, c_skip, c_out = inputs = attention_inputs(*shape)
+    rows = torch.tensor([0, shape[2] // 2, shape[2] - 1], device=x.device)
+    some = (q[:, :, rows], k, v, x[:, rows])
+    with_skip = reference.rcm_attention(*some, c_skip, c_out)
+    alone = reference.rcm_attention(*some, 0.0, 1.0)
+
+    def error(label, out):
+        ref = alone if label in ATTENTION_ALONE else with_skip
+        return reference.relative_l2(out[:, rows], ref)
+
+    right = right_ones(attention_pipelines(*inputs), error, 0.01, name)
+    result = case(name, dict(zip("BHND", shape, strict=True)), timing.compare(right))
+    free()
+    return result
 
 
 def measure_tiles() -> list[dict]:
@@ -116,7 +109,7 @@ def measure_skip() -> list[dict]:
             "bytes": 3 * x.numel() * x.element_size(),
         }
         cases.append(case(f"N{tokens}", shape, timing.compare(functions)))
-        torch.compiler.reset()
+        free()
     return cases
 
 
@@ -148,7 +141,7 @@ SUITES = {
     "attention": Suite(
         "Attention with the skip: two-pass pipelines and the fused kernel.",
         f"{INPUTS} {THREE_ROWS}",
-        lambda: measure_attention(ATTENTION),
+        lambda: [attention_case(*item) for item in ATTENTION.items()],
     ),
     "tiles": Suite(
         "The fused kernel with several tiles: rows x keys, warps a program, pipeline stages.",
@@ -158,6 +151,6 @@ SUITES = {
     "scaling": Suite(
         "The same at 32768 tokens in all (B·N), from many short sequences to one long one.",
         f"{INPUTS} {THREE_ROWS}",
-        lambda: measure_attention(SCALING),
+        lambda: [attention_case(*item) for item in SCALING.items()],
     ),
 }

@@ -17,7 +17,7 @@ from rcmlib.measure.pipelines import (
     eager_skip,
     flash,
 )
-from rcmlib.measure.suites.suite import INPUTS, Suite, case
+from rcmlib.measure.suites.suite import INPUTS, Suite, case, free, right_ones
 
 SHAPES = {  # (B, H, N, D)
     "D64_N2048": (4, 12, 2048, 64),
@@ -88,36 +88,28 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def is_right(gradients, inputs, g: Tensor) -> bool:
-    """Compares dq, dk, dv of the first sample's first head, and dx, with float64."""
+def gradient_error(gradients, inputs, g: Tensor) -> float:
+    """Of dq, dk, dv of the first sample's first head, and dx, against float64: the largest."""
     q, k, v, x, c_skip, c_out = inputs
     dim = q.shape[-1]
     one = (*(t[:1, :1] for t in (q, k, v)), x[:1, :, :dim], c_skip[:1], c_out[:1])
     ref = reference.rcm_attention_backward(g[:1, :, :dim], *one)
     ours = (*(t[:1, :1] for t in gradients[:3]), gradients[3][:1, :, :dim])
-    errors = [reference.relative_l2(a, b) for a, b in zip(ours, ref[:4], strict=True)]
-    return max(errors) < 0.02
+    return max(reference.relative_l2(a, b) for a, b in zip(ours, ref[:4], strict=True))
 
 
-def measure_gradients() -> list[dict]:
-    cases = []
-    for name, shape in SHAPES.items():
-        inputs = attention_inputs(*shape)
-        g = torch.randn_like(inputs[3])
-        steps = {n: training_step(f, inputs, g) for n, f in layers().items()}
-        for label in list(steps):
-            if not is_right(steps[label](), inputs, g):
-                print(f"{name}: {label} is wrong: not timed")
-                del steps[label]
-        memory = {label: peak_bytes(step) for label, step in steps.items()}
-        graphs = {label: timing.graph(step) for label, step in steps.items()}
-        times = timing.compare(graphs | parts(inputs, g))
-        sizes = dict(zip("BHND", shape, strict=True))
-        cases.append(case(name, sizes | {"peak_bytes": memory}, times))
-        del inputs, g, steps, graphs
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-    return cases
+def gradients_case(name: str) -> dict:
+    inputs = attention_inputs(*SHAPES[name])
+    g = torch.randn_like(inputs[3])
+    steps = {n: training_step(f, inputs, g) for n, f in layers().items()}
+    steps = right_ones(steps, lambda _, out: gradient_error(out, inputs, g), 0.02, name)
+    memory = {label: peak_bytes(step) for label, step in steps.items()}
+    graphs = {label: timing.graph(step) for label, step in steps.items()}
+    times = timing.compare(graphs | parts(inputs, g))
+    sizes = dict(zip("BHND", SHAPES[name], strict=True))
+    result = case(name, sizes | {"peak_bytes": memory}, times)
+    free()
+    return result
 
 
 SUITES = {
@@ -127,6 +119,6 @@ SUITES = {
         f"{INPUTS} Whole steps are replayed from a CUDA graph. Gradients of the first head "
         "checked against float64 first. peak_bytes: the most memory that a step holds, "
         "above its inputs.",
-        measure_gradients,
+        lambda: [gradients_case(name) for name in SHAPES],
     )
 }
