@@ -146,17 +146,13 @@ class WanBlock(nn.Module):
         h = self.norm1(x) * (1 + scale) + shift
         x = self.add_attention(x, h.to(x.dtype), gate, grid)
         h = self.norm2(x) * (1 + ffn_scale) + ffn_shift
-        return self.add_ffn(x, h.to(x.dtype), ffn_gate)
+        return x + ffn_gate.to(x.dtype) * self.ffn(h.to(x.dtype))
 
     def add_attention(
         self, x: Tensor, h: Tensor, gate: Tensor, grid: tuple[int, int, int]
     ) -> Tensor:
         """x + gate·o(attention(h)); x and h [B, N, dim], gate [B, 1, dim]."""
         return x + gate.to(x.dtype) * self.self_attn(h, grid)
-
-    def add_ffn(self, x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-        """x + gate·ffn(h); x and h [B, N, dim], gate [B, 1, dim]."""
-        return x + gate.to(x.dtype) * self.ffn(h)
 
     def _check(self, x: Tensor, e: Tensor, grid: tuple[int, int, int]) -> None:
         dim = self.modulation.shape[-1]

@@ -12,12 +12,14 @@ from rcmlib.functional.checks import (
     check_like,
     check_residual,
     check_tensor,
-    coefficient_grad,
     coefficients,
     constant,
-    dense_rows,
     dims,
     launch,
+)
+from rcmlib.functional.gradients import (
+    coefficient_grad,
+    dense_rows,
     once_differentiable,
     wanted,
     wants_grad,

@@ -7,11 +7,13 @@ from rcmlib import ops
 from rcmlib.functional.checks import (
     check_residual,
     check_tensor,
-    coefficient_grad,
     coefficients,
-    dense_rows,
     dims,
     launch,
+)
+from rcmlib.functional.gradients import (
+    coefficient_grad,
+    dense_rows,
     once_differentiable,
     wanted,
 )
