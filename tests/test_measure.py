@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcmlib.measure import ledger, records, timing
+from rcmlib.measure.suites import blocks
 
 SHAPE = (4, 2048, 768)
 
@@ -119,6 +123,20 @@ def test_a_product_of_eight_times_the_size_takes_longer():
         {"small": lambda: small @ small, "large": lambda: large @ large}
     )
     assert times["large"].median_ms > times["small"].median_ms
+
+
+def test_a_compiled_layer_runs_on_the_backend_that_it_is_timed_for(device):
+    """torch.compile's caches do not tell backends apart: the first would serve for both."""
+    q = torch.randn(1, 2, 64, 32, device=device, dtype=torch.bfloat16)
+    layer = partial(F.scaled_dot_product_attention, q, q, q)
+    for backend, fused in (
+        (SDPBackend.FLASH_ATTENTION, {"flash"}),
+        (SDPBackend.MATH, set()),
+    ):
+        with blocks.afresh(), sdpa_kernel(backend):
+            run = torch.compile(layer, dynamic=False)
+            run()
+            assert blocks.backends(run) == fused
 
 
 def test_the_demo_runs_and_its_claims_hold():

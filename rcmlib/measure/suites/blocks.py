@@ -2,13 +2,15 @@
 
 import contextlib
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 import rcmlib
 from rcmlib import integrate, modules, reference
@@ -102,6 +104,27 @@ def compiled(module: torch.nn.Module) -> torch.nn.Module:
     return torch.compile(copy.deepcopy(module), dynamic=False)
 
 
+@contextlib.contextmanager
+def afresh() -> Iterator[None]:
+    """Inside, torch.compile reuses nothing that was compiled before, in memory or on disk.
+
+    It settles on a backend of PyTorch's attention as it traces, but finds graphs again by
+    their operators and shapes alone (pytorch/pytorch#185449): what was compiled for flash
+    would serve, unnoticed, as compiled for cuDNN.
+    """
+    torch.compiler.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
+
+
+def backends(run: Callable[[], object]) -> set[str]:
+    """The fused backends of PyTorch's attention that a call of run reaches: "flash", ..."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    names = " ".join(event.key for event in seen.key_averages())
+    return set(re.findall(r"_scaled_dot_product_([a-z]+)_attention", names))
+
+
 def module_cases(name: str, baseline: torch.nn.Module) -> list[dict]:
     """A layer or block at the seed's shape: forward, and forward with backward."""
     torch.manual_seed(0)
@@ -171,10 +194,14 @@ def wan_case(name: str) -> dict:
     ):
         for suffix, variant in (("", module), ("_compiled", compiled(module))):
             kept.append(variant)
-            torch.compiler.reset()  # or it would reuse the graph with flash for cuDNN
             run = partial(forward, variant, backend)
-            right = right_ones({label + suffix: run}, error, 0.01, name)
-            graphs |= {n: timing.graph(f) for n, f in right.items()}
+            with afresh():
+                right = right_ones({label + suffix: run}, error, 0.01, name)
+                reached = backends(run)
+                if reached != (set() if module is fused else {label}):
+                    print(f"{name}: {label + suffix} ran on {reached}: not timed")
+                    continue
+                graphs |= {n: timing.graph(f) for n, f in right.items()}
     result = case(name, {"B": 1, "N": tokens, **WAN}, timing.compare(graphs))
     free()
     return result
@@ -214,7 +241,8 @@ SUITES = {
         "stream and modulation float32; forward), and a transformer block with the rCM "
         "attention layer (bf16).",
         "Replayed from a CUDA graph. Checked first: the transformer block against PyTorch in "
-        "float32, the Wan block's variants against the one on cuDNN.",
+        "float32, the Wan block's variants against the one on cuDNN, and which backend each "
+        "of them runs on.",
         measure_blocks,
     ),
 }
