@@ -179,7 +179,7 @@ def choose_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) 
             return Tile(64, 64, num_warps=4, num_stages=3)
         return Tile(64, 128, num_warps=4, num_stages=2)
     if block_d == 128:
-        return Tile(64, 32, num_warps=8, num_stages=3)
+        return Tile(128, 32, num_warps=8, num_stages=3)
     return Tile(64, 64, num_warps=4, num_stages=3)
 
 

@@ -226,7 +226,8 @@ def choose_backward_tiles(
         return Tile(16, 64, 8, 1), Tile(64, 32, 8, 1)
     if block_d == 128:
         return Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)
-    return Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)
+    block_m = 16 if is_causal else 32  # the mask needs registers, too
+    return Tile(block_m, 64, 4, 2), Tile(64, 32, 4, 2)
 
 
 def backward_launches(
