@@ -15,6 +15,7 @@ from rcmlib.functional import (  # noqa: E402
     gated_projection,
     rcm_attention,
     rcm_projection,
+    rcm_sage_attention,
     rcm_skip,
 )
 from rcmlib.modules import (  # noqa: E402
@@ -35,6 +36,7 @@ __all__ = [
     "integrate",
     "rcm_attention",
     "rcm_projection",
+    "rcm_sage_attention",
     "rcm_skip",
     "rectified_flow",
     "reference",

@@ -7,6 +7,7 @@ its public function, its registered operators and its gradient.
 
 from rcmlib.functional.attention import attention, rcm_attention
 from rcmlib.functional.projection import gated_projection, rcm_projection
+from rcmlib.functional.sage import rcm_sage_attention, sage_attention
 from rcmlib.functional.skip import rcm_skip
 
 __all__ = [
@@ -14,5 +15,7 @@ __all__ = [
     "gated_projection",
     "rcm_attention",
     "rcm_projection",
+    "rcm_sage_attention",
     "rcm_skip",
+    "sage_attention",
 ]

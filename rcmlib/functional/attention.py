@@ -62,15 +62,8 @@ def rcm_attention(
     Specification: `rcmlib.reference.rcm_attention`. Equation: rCM, arXiv 2510.08431.
     """
     q, k, v = autocast(q, k, v)
-    scale = _check_attention(q, k, v, scale, is_causal)
-    check_tensor("x", x, rank=3)
-    check_residual("x", x, "q", q)
-    batch, heads, q_len, head_dim = q.shape
-    if x.shape != (batch, q_len, heads * head_dim):
-        raise ValueError(
-            f"x must be [B, Nq, H*D] = [{batch}, {q_len}, {heads * head_dim}], got {dims(x)}"
-        )
-    check_contiguous_rows("x", x)
+    scale = check_attention(q, k, v, scale, is_causal)
+    check_attention_residual(x, q)
     c_skip, c_out = coefficients(c_skip, c_out, x)
     return _attend(q, k, v, x, c_skip, c_out, scale, is_causal)
 
@@ -89,7 +82,7 @@ def attention(
     which a projection stands between attention and skip (`rcm_projection`).
     """
     q, k, v = autocast(q, k, v)
-    scale = _check_attention(q, k, v, scale, is_causal)
+    scale = check_attention(q, k, v, scale, is_causal)
     return _attend(q, k, v, None, None, None, scale, is_causal)
 
 
@@ -100,7 +93,7 @@ def _attend(q, k, v, x, c_skip, c_out, scale: float, is_causal: bool) -> Tensor:
     return torch.ops.rcmlib.attention(*arguments)
 
 
-def _check_attention(q, k, v, scale, is_causal) -> float:
+def check_attention(q, k, v, scale, is_causal) -> float:
     """Checks all but x and the coefficients; returns the scale."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, t, rank=4)
@@ -128,6 +121,18 @@ def _check_attention(q, k, v, scale, is_causal) -> float:
     if not (FLOAT32.tiny < scale < FLOAT32.max / 2):
         raise ValueError(f"scale must be positive and finite in float32, got {scale}")
     return float(scale)
+
+
+def check_attention_residual(x, q) -> None:
+    """x must fit the result of attention on a checked q."""
+    check_tensor("x", x, rank=3)
+    check_residual("x", x, "q", q)
+    batch, heads, q_len, head_dim = q.shape
+    if x.shape != (batch, q_len, heads * head_dim):
+        raise ValueError(
+            f"x must be [B, Nq, H*D] = [{batch}, {q_len}, {heads * head_dim}], got {dims(x)}"
+        )
+    check_contiguous_rows("x", x)
 
 
 # ---- the registered operators: torch.compile and opcheck see these ----

@@ -36,6 +36,8 @@ class Job(NamedTuple):
     cols: int = 768
     depth: int = 768
     c_out_rank: int = 1  # of its coefficient: [B], or a gate [B, C] or [B, N, C]
+    pv: str = "fp8"  # the number formats of the 8-bit attention kernel's second product
+    smooth_q: bool = False
 
 
 class Compiled(NamedTuple):
@@ -70,6 +72,7 @@ def _compile(job: Job) -> Compiled:
     names = kernel.arg_names
     # What a launch tells the compiler of aligned inputs: these are multiples of 16.
     lengths = () if job.ragged else ("q_len", "kv_len", "rows", "cols", "depth")
+    lengths = (*lengths, "q_padded", "kv_padded")
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
@@ -86,6 +89,10 @@ def _compile(job: Job) -> Compiled:
     )
     ptx = compiled.asm["ptx"]
     return Compiled(ptx, *_assemble(ptx, job.capability), compiled.metadata.shared)
+
+
+def tile_options(tile) -> dict[str, int]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def _attention(job: Job):
@@ -134,8 +141,7 @@ def _attention(job: Job):
         if name in kernel.arg_names and name not in constants
     }
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return kernel, types, constants, options
+    return kernel, types, constants, tile_options(tile)
 
 
 def _skip(job: Job):
@@ -186,12 +192,49 @@ def _projection(job: Job):
         types["f"] = "*" + dtype
     else:
         constants["f"] = None
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return kernel, types, constants, options
+    return kernel, types, constants, tile_options(tile)
+
+
+def _sage(job: Job):
+    """The 8-bit attention kernel."""
+    import torch
+
+    from rcmlib.ops import quantize, sage_attention
+
+    capability = divmod(job.capability, 10)
+    tma = sage_attention.copy_engine(torch.int8, capability)
+    tile = sage_attention.choose_sage_tile(job.head_dim, job.pv, capability)
+    block_d = quantize.padded_dim(job.head_dim)
+    kernel = sage_attention.sage_attention_kernel
+    types = {name: "i32" for name in kernel.arg_names if name.startswith("stride")}
+    lengths = ("heads", "q_len", "kv_len", "q_padded", "kv_padded")
+    types |= dict.fromkeys(lengths, "i32")
+    types |= dict.fromkeys(("q_scale", "k_scale", "v_top", "v_mean", "bias"), "*fp32")
+    types |= dict.fromkeys(("c_skip", "c_out"), "*fp64")
+    types |= dict.fromkeys(("x", "out"), "*" + TYPES[job.dtype])
+    types["v_unit"] = "fp32"
+    v_type = "fp16" if job.pv == "fp16" else "fp8e4nv"
+    boxes = sage_attention.operand_boxes(tile, block_d, job.pv)
+    for name, dtype, box in zip("qkv", ("i8", "i8", v_type), boxes, strict=True):
+        described = f"tensordesc<{dtype}[{box[0]},{box[1]}]>"
+        types[name] = described if tma else "*" + dtype
+    constants = {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "D": job.head_dim,
+        "BLOCK_D": block_d, "Q_GROUP": 1, "K_GROUP": tile.block_n, "TMA": tma,
+        "CAUSAL": job.causal, "RAGGED": job.ragged, "PER_SAMPLE": True, "PV": job.pv,
+        "NATIVE": True,
+    }  # fmt: skip
+    if not job.smooth_q:
+        constants["bias"] = None
+    if not job.skip:
+        constants |= dict.fromkeys(("x", "c_skip", "c_out"))
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    return kernel, types, constants, tile_options(tile) | {"maxnreg": tile.maxnreg}
 
 
 KERNELS = {
     "attention": _attention,
+    "sage_attention": _sage,
     "dkdv": _attention,
     "dq": _attention,
     "projection": _projection,

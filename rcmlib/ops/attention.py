@@ -83,6 +83,35 @@ def attend(acc, m, l, qt, k, v, b, h, start, stop, first_row, kv_len, qk_scale,
 
 
 @triton.jit
+def own_rows(heads, q_len, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+    """(sample, head, first query) of this program.
+
+    Neighbouring programs share a head, hence its keys and values in L2.
+    """
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # longest rows first: no straggler ends the launch
+    return pid // tiles // heads, pid // tiles % heads, tile * BLOCK_M
+
+
+@triton.jit
+def key_range(kv_len, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+              CAUSAL: tl.constexpr):  # fmt: skip
+    """(whole, stop): tiles in [0, whole) need no mask, those in [whole, stop) do.
+
+    They hold the last keys, or the causal diagonal.
+    """
+    whole = kv_len // BLOCK_N * BLOCK_N
+    stop = kv_len
+    if CAUSAL:
+        whole = tl.minimum(whole, first_row // BLOCK_N * BLOCK_N)
+        stop = tl.minimum(stop, first_row + BLOCK_M)
+    return whole, stop
+
+
+@triton.jit
 def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
                      heads, q_len, kv_len,
                      stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -91,16 +120,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
                      BLOCK_D: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr,
                      RAGGED: tl.constexpr, PER_SAMPLE: tl.constexpr,
                      PRECISION: tl.constexpr):  # fmt: skip
-    # Neighbouring programs share a head, hence its keys and values in L2.
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    pid = tl.program_id(0)
-    b = pid // tiles // heads
-    h = pid // tiles % heads
-    tile = pid % tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # longest rows first: no straggler ends the launch
-    first_row = tile * BLOCK_M
-
+    b, h, first_row = own_rows(heads, q_len, BLOCK_M, CAUSAL)
     rows = first_row + tl.arange(0, BLOCK_M)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (rows < q_len) & (d < D)
@@ -119,12 +139,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    # Whole tiles need no mask. The rest does: the last keys, and the causal diagonal.
-    whole = kv_len // BLOCK_N * BLOCK_N
-    stop = kv_len
-    if CAUSAL:
-        whole = tl.minimum(whole, first_row // BLOCK_N * BLOCK_N)
-        stop = tl.minimum(stop, first_row + BLOCK_M)
+    whole, stop = key_range(kv_len, first_row, BLOCK_M, BLOCK_N, CAUSAL)
     acc, m, l = attend(acc, m, l, qt, k, v, b, h, 0, whole, first_row, kv_len, qk_scale,
                        stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                        BLOCK_N, D, TMA, CAUSAL, False, PRECISION)  # fmt: skip

@@ -29,7 +29,9 @@ from rcmlib.ops.attention import (
     descriptor,
     descriptors_allowed,
     dot_precision,
+    key_range,
     load_rows,
+    own_rows,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient
 
@@ -161,14 +163,7 @@ def dq_kernel(q, k, v, g, dq, lse, delta, c_out, scale, qk_scale,
               BLOCK_D: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr,
               RAGGED: tl.constexpr, PER_SAMPLE: tl.constexpr,
               PRECISION: tl.constexpr):  # fmt: skip
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    pid = tl.program_id(0)
-    b = pid // tiles // heads
-    h = pid // tiles % heads
-    tile = pid % tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # longest rows first, as in the forward pass
-    first_row = tile * BLOCK_M
+    b, h, first_row = own_rows(heads, q_len, BLOCK_M, CAUSAL)
     qt = load_rows(q, b, h, first_row, q_len, stride_qb, stride_qh, stride_qn,
                    BLOCK_M, D, BLOCK_D, TMA, True)  # fmt: skip
     gt = load_rows(g, b, h, first_row, q_len, stride_gb, stride_gh, stride_gn,
@@ -178,11 +173,7 @@ def dq_kernel(q, k, v, g, dq, lse, delta, c_out, scale, qk_scale,
     lse_t = tl.load(lse + at, mask=rows < q_len, other=float("inf"))
     delta_t = tl.load(delta + at, mask=rows < q_len, other=0.0)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    whole = kv_len // BLOCK_N * BLOCK_N
-    stop = kv_len
-    if CAUSAL:
-        whole = tl.minimum(whole, first_row // BLOCK_N * BLOCK_N)
-        stop = tl.minimum(stop, first_row + BLOCK_M)
+    whole, stop = key_range(kv_len, first_row, BLOCK_M, BLOCK_N, CAUSAL)
     dq_tile = gather_queries(
         dq_tile, qt, gt, lse_t, delta_t, k, v, b, h, 0, whole, first_row, kv_len, qk_scale,
         stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rcmlib.reference import eight_bit as eight_bit
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causal: bool = False
