@@ -25,6 +25,17 @@ def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
 flash, cudnn = sdpa(SDPBackend.FLASH_ATTENTION), sdpa(SDPBackend.CUDNN_ATTENTION)
 
 
+def sage_one(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """SageAttention 1.0.6 (INT8 q kᵀ, FP16 p v), heads merged. It has to be installed.
+
+    It subtracts k's mean from k in place, so it gets a k of its own.
+    """
+    from sageattention import sageattn
+
+    own_k = k.clone()
+    return lambda: sageattn(q, own_k, v).transpose(1, 2).flatten(2)
+
+
 def eager_skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
     """The skip as PyTorch users write it: coefficients [B] in x's dtype, broadcast."""
     c_skip, c_out = (c.to(x.dtype).view(-1, 1, 1) for c in (c_skip, c_out))

@@ -1,0 +1,172 @@
+"""Chapters 9 to 11: the 8-bit copies, the 8-bit kernel, its accuracy, and where it pays."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import rcmlib
+from rcmlib import reference
+from rcmlib.functional import sage_attention
+from rcmlib.functional.sage import PV
+from rcmlib.measure import timing
+from rcmlib.measure.inputs import gaussian, video_like
+from rcmlib.measure.pipelines import (
+    attention_inputs,
+    compile_skip,
+    cudnn,
+    sage_one,
+)
+from rcmlib.measure.suites.suite import INPUTS, Suite, case, free, right_ones
+from rcmlib.reference import eight_bit
+
+SHAPES = {  # (B, H, N, D)
+    "D64_N2048": (4, 12, 2048, 64),
+    "D64_N8192": (2, 16, 8192, 64),
+    "D128_N2048": (4, 16, 2048, 128),
+    "D128_N8192": (2, 16, 8192, 128),
+    "D128_N32768": (1, 12, 32768, 128),
+    "wan_D128_N32760": (1, 12, 32760, 128),
+}
+COPIES = ("D64_N8192", "D128_N8192", "D128_N32768")
+CROSSOVER = {
+    f"D{dim}_N{n}": (32768 // n, 16, n, dim)
+    for dim in (64, 128)
+    for n in (2**e for e in range(9, 16))
+}
+DISTRIBUTIONS = {
+    "gaussian": lambda: gaussian(1, 4, 2048, 128),
+    "video_like": lambda: video_like(1, 4, (8, 16, 16), 128),
+}
+
+
+def copies_case(name: str) -> dict:
+    from rcmlib.ops import quantize
+    from rcmlib.ops.sage_attention import choose_sage_tile
+
+    q, k, v, *_ = attention_inputs(*SHAPES[name])
+    tokens, dim = q.shape[2:]
+    group = choose_sage_tile(dim, "fp8", (9, 0)).block_n
+    mean = quantize.columns(k, True, False).mean
+    v_mean, v_top = quantize.columns(v, True, True)
+    q_copy = partial(quantize.quantize_int8, q, 1, None, 0.1)
+    k_copy = partial(quantize.quantize_int8, k, group, mean)
+    v_copy = partial(quantize.quantize_values, v, 448.0, v_top, v_mean, True)
+    for ours, ref in (
+        (q_copy(), eight_bit.quantize_int8(q, 1, None, 0.1)),
+        (k_copy(), eight_bit.quantize_int8(k, group, eight_bit.column_mean(k))),
+    ):
+        if not all(torch.equal(a, b) for a, b in zip(ours, ref, strict=True)):
+            raise AssertionError(f"{name}: an INT8 copy differs from its reference")
+    source = torch.empty(q.numel() * 3 // 2, dtype=torch.int8, device="cuda")
+    functions = {
+        "copy": partial(torch.empty_like(source).copy_, source),
+        "q_int8": q_copy,
+        "k_int8": k_copy,
+        "v_fp8": v_copy,
+        "k_columns": partial(quantize.columns, k, True, False),
+        "v_columns": partial(quantize.columns, v, True, True),
+    }
+    shape = dict(zip("BHND", SHAPES[name], strict=True)) | {"bytes": 3 * q.numel()}
+    result = case(name, shape, timing.compare(functions))
+    free()
+    return result
+
+
+def quantized_kernels(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Tensor]]:
+    """The 8-bit kernel alone, its operands quantised before: with the skip, and without."""
+    from rcmlib.ops import sage_attention as op
+
+    *_, tokens, dim = q.shape
+    sizes = (False, tokens, dim, tokens, x.dtype)
+    functions = {}
+    for pv in PV:
+        operands = op.quantize_operands(q, k, v, dim**-0.5, False, True, True, pv)
+        run = partial(op.attend_quantized, operands, x, c_skip, c_out, *sizes)
+        functions[f"sage_kernel_{pv}"] = run
+        if pv == "fp8":
+            alone = partial(op.attend_quantized, operands, None, None, None, *sizes)
+            functions["sage_kernel_no_skip"] = alone
+    return functions
+
+
+def sage_case(name: str, shape: tuple[int, ...], kernels: bool) -> dict:
+    q, k, v, x, c_skip, c_out = inputs = attention_inputs(*shape)
+    skip = compile_skip()
+    functions = {
+        "cudnn": partial(cudnn, q, k, v),
+        "cudnn_compiled": lambda: skip(x, cudnn(q, k, v), c_skip, c_out),
+        "fused": partial(rcmlib.rcm_attention, *inputs),
+        "sage": partial(rcmlib.rcm_sage_attention, *inputs),
+    }
+    if kernels:
+        functions |= quantized_kernels(*inputs)
+    if importlib.util.find_spec("sageattention"):
+        peer = sage_one(q, k, v)
+        functions["sage1_compiled"] = lambda: skip(x, peer(), c_skip, c_out)
+    rows = torch.tensor([0, shape[2] // 2, shape[2] - 1], device=x.device)
+    some = (q[:, :, rows], k, v, x[:, rows])
+    with_skip = reference.rcm_attention(*some, c_skip, c_out)
+    alone = reference.rcm_attention(*some, 0.0, 1.0)
+
+    def error(label, out):
+        ref = alone if label in ("cudnn", "sage_kernel_no_skip") else with_skip
+        bound = 0.06 if label.startswith("sage") else 0.01
+        return reference.relative_l2(out[:, rows], ref) / bound
+
+    right = right_ones(functions, error, 1.0, name)
+    result = case(name, dict(zip("BHND", shape, strict=True)), timing.compare(right))
+    free()
+    return result
+
+
+def accuracy_case(name: str) -> dict:
+    """Cosine, relative L1 and RMSE (in units of the result's) against float64, no skip."""
+    q, k, v = (t.cuda().bfloat16() for t in DISTRIBUTIONS[name]())
+    ref = reference.merge_heads(reference.attention(q, k, v))
+    functions = {f"sage_{pv}": partial(sage_attention, q, k, v, pv=pv) for pv in PV}
+    functions["bf16"] = partial(rcmlib.functional.attention, q, k, v)
+    if importlib.util.find_spec("sageattention"):
+        functions["sage1"] = sage_one(q, k, v)
+    errors = {}
+    for label, run in functions.items():
+        out = run()
+        errors[label] = {
+            "cosine": reference.cosine(out, ref),
+            "relative_l1": reference.relative_l1(out, ref),
+            "relative_l2": reference.relative_l2(out, ref),
+        }
+    sizes = dict(zip("BHND", q.shape, strict=True))
+    return {"name": name, **sizes, "errors": errors, "results": {}}
+
+
+EIGHT_BIT = (
+    "Three query rows of each checked against float64 first (8 bits: within 6 %)."
+)
+SUITES = {
+    "sage_quantize": Suite(
+        "The 8-bit copies of q, k and v, the column statistics that they need, and a copy "
+        "that moves as many bytes.",
+        f"{INPUTS} The INT8 copies agree with their references bit for bit.",
+        lambda: [copies_case(name) for name in COPIES],
+    ),
+    "sage": Suite(
+        "8-bit attention with the skip: the kernel alone (sage_kernel_*), and with its "
+        "quantisation (sage); cuDNN, bf16 fused and SageAttention 1.0.6 beside it.",
+        f"{INPUTS} {EIGHT_BIT}",
+        lambda: [sage_case(*item, kernels=True) for item in SHAPES.items()],
+    ),
+    "sage_crossover": Suite(
+        "8 bits with quantisation against bf16, 16 heads and 32768 tokens in all, from many "
+        "short sequences to one long one.",
+        f"{INPUTS} {EIGHT_BIT}",
+        lambda: [sage_case(*item, kernels=False) for item in CROSSOVER.items()],
+    ),
+    "sage_accuracy": Suite(
+        "Errors of 8-bit attention against float64, before the skip.",
+        "bf16 inputs: Gaussian, and like a video model's (rcmlib.measure.inputs). No times.",
+        lambda: [accuracy_case(name) for name in DISTRIBUTIONS],
+    ),
+}
