@@ -41,7 +41,7 @@ def video_like(
         smooth = smooth / smooth.std()
         tokens = smooth.flatten(2).mT.unflatten(0, (batch, heads))
         noise = draw(batch, heads, tokens.shape[2], dim)
-        return (tokens + 0.7 * noise) / (1 + 0.7**2) ** 0.5
+        return ((tokens + 0.7 * noise) / (1 + 0.7**2) ** 0.5).contiguous()
 
     gain = torch.exp(0.6 * draw(1, heads, 1, dim))
     gain = gain / gain.square().mean(-1, keepdim=True).sqrt()
