@@ -30,8 +30,9 @@ def quantize_int8(
     """
     t = _centred(t, mean)
     top = _groups(t, group).abs().amax((3, 4)).clamp_min(TINY)
-    steps = t * (127 / top).repeat_interleave(group, 2)[:, :, : t.shape[2], None]
-    return steps.round().to(torch.int8), top / 127 * torch.tensor(factor)
+    inverse = _divide(127.0, top).repeat_interleave(group, 2)[:, :, : t.shape[2], None]
+    scale = _divide(top, 127.0) * torch.tensor(factor)
+    return (t * inverse).round().to(torch.int8), scale
 
 
 def dequantize_int8(t8: Tensor, scale: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def quantize_values(
     The largest |v − mean| of a channel becomes `limit`.
     """
     top = column_top(v, mean)
-    scaled = _centred(v, mean) * (limit / top)[:, :, None]
+    scaled = _centred(v, mean) * _divide(limit, top)[:, :, None]
     return scaled.to(dtype), top * torch.tensor(1 / limit)
 
 
@@ -158,6 +159,13 @@ def _online(q, k, v, scale, is_causal, fp8_p, sums, block_n):
             acc = acc * alpha + p @ values
         m = m_new
     return acc / l
+
+
+def _divide(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """a / b, correctly rounded. With a number, PyTorch multiplies by a reciprocal instead."""
+    like = a if isinstance(a, Tensor) else b
+    a, b = (t if isinstance(t, Tensor) else torch.full_like(like, t) for t in (a, b))
+    return a / b
 
 
 def _centred(t: Tensor, mean: Tensor | None) -> Tensor:
