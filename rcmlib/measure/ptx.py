@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,15 @@ class Compiled(NamedTuple):
 
 
 def compile_kernels(jobs: list[Job]) -> list[Compiled]:
-    """Compiles each job in one separate process. RuntimeError with its output if that fails."""
+    """Compiles the jobs in other processes. RuntimeError with its output if one fails."""
+    processes = max(1, min(len(jobs), (os.cpu_count() or 1) // 2))
+    shares = [jobs[i::processes] for i in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:  # each thread waits for a process
+        done = list(pool.map(_compile_share, shares))
+    return [done[i % processes][i // processes] for i in range(len(jobs))]
+
+
+def _compile_share(jobs: list[Job]) -> list[Compiled]:
     done = subprocess.run(
         [sys.executable, "-m", "rcmlib.measure.ptx"],
         input=json.dumps(jobs),
