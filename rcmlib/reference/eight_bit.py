@@ -70,17 +70,22 @@ def e4m3(x: Tensor) -> Tensor:
 def short_sum(
     a: Tensor, b: Tensor, acc: Tensor, bits: int = 13, step: int = 32
 ) -> Tensor:
-    """acc + a b as an FP8 tensor core with a short accumulator sums it.
+    """acc + a b as an FP8 tensor core with a short accumulator sums it, [..., M, N].
 
-    After each `step` of the inner dimension, the sum is truncated to `bits` bits below the
-    largest of its addends' leading bits (a model: NVIDIA documents no details).
+    One instruction takes `step` of the inner dimension. It shifts acc and every product to the
+    largest exponent among them, keeps `bits` bits below that one's leading bit, cuts off the
+    rest, and adds. (A model: NVIDIA documents no details. Chapter 10 compares it with a GPU.)
     """
     for i in range(0, a.shape[-1], step):
-        part = a[..., i : i + step] @ b[..., i : i + step, :]
-        total = acc + part
-        size = torch.maximum(torch.maximum(acc.abs(), part.abs()), total.abs())
-        unit = torch.exp2(torch.floor(torch.log2(size.clamp_min(1e-300))) - bits)
-        acc = torch.trunc(total / unit) * unit
+        inner = range(i, min(i + step, a.shape[-1]))
+        products = [a[..., n, None] * b[..., None, n, :] for n in inner]
+        largest = acc.abs()
+        for product in products:
+            largest = torch.maximum(largest, product.abs())
+        unit = torch.exp2(torch.floor(torch.log2(largest.clamp_min(1e-300))) - bits)
+        acc = torch.trunc(acc / unit) * unit
+        for product in products:
+            acc = acc + torch.trunc(product / unit) * unit
     return acc
 
 
