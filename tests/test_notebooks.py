@@ -37,7 +37,8 @@ def name_of(path):
 def record_functions():
     from rcmlib.measure import records
 
-    return {name: getattr(records, name) for name in ("record", "median_ms", "ratio")}
+    names = ("record", "median_ms", "ratio", "error")
+    return {name: getattr(records, name) for name in names}
 
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)

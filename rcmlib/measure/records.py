@@ -47,6 +47,11 @@ def ratio(name: str, case_name: str, slow: str, fast: str) -> float:
     return median_ms(name, case_name, slow) / median_ms(name, case_name, fast)
 
 
+def error(name: str, case_name: str, implementation: str, measure: str) -> float:
+    """An implementation's distance from float64: cosine, relative_l1 or relative_l2."""
+    return case(name, case_name)["errors"][implementation][measure]
+
+
 def copy_gb_s() -> float:
     """The measured ceiling of HBM bandwidth: a large device copy, bytes read plus written."""
     return (
