@@ -4,9 +4,8 @@ Suites: ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention
 scaling (chapter 6: the table, the choice of tiles, the 1/N law), gradients (chapter 7),
 projection, modules and blocks (chapter 8), sage_quantize, sage, sage_crossover and
 sage_accuracy (chapters 9 to 11; `sageattention==1.0.6` is timed too where it is installed).
-Each writes one record. Every implementation of
-the skip is checked first, on the very inputs it is timed on, and refused a time if it is
-wrong; the record's method says against what.
+Each writes one record. Every implementation of the skip is checked first, on the very inputs
+it is timed on, and refused a time if it is wrong; the record's method says against what.
 """
 
 import argparse
@@ -26,14 +25,22 @@ TIMING = (
 
 
 def table(cases: list[dict]) -> str:
-    """Median milliseconds, one row a case."""
-    labels = list(dict.fromkeys(label for c in cases for label in c["results"]))
-    lines = ["".join(f"{h:>16}" for h in ["case", *labels])]
-    for c in cases:
-        times = (c["results"].get(label, {}).get("median_ms") for label in labels)
-        cells = [c["name"], *("-" if t is None else f"{t:.4f}" for t in times)]
-        lines.append("".join(f"{cell:>16}" for cell in cells))
+    """Median milliseconds, one row a case; where it has errors instead, relative L1."""
+    rows = [numbers(c) for c in cases]
+    labels = list(dict.fromkeys(label for row in rows for label in row))
+    width = max(16, *(len(label) + 1 for label in labels))
+    lines = ["".join(f"{h:>{width}}" for h in ["case", *labels])]
+    for c, row in zip(cases, rows, strict=True):
+        shown = ("-" if label not in row else f"{row[label]:.4f}" for label in labels)
+        lines.append("".join(f"{cell:>{width}}" for cell in (c["name"], *shown)))
     return "\n".join(lines)
+
+
+def numbers(case: dict) -> dict[str, float]:
+    """What the table shows of a case: a number for each implementation."""
+    times = {label: t["median_ms"] for label, t in case["results"].items()}
+    errors = {label: e["relative_l1"] for label, e in case.get("errors", {}).items()}
+    return times | errors
 
 
 def main() -> None:
