@@ -26,6 +26,12 @@ from rcmlib.figures.gradients import (
     training_ratios,
     two_walks,
 )
+from rcmlib.figures.int8 import (
+    copy_share,
+    granularity_errors,
+    outlier_channels,
+    shared_scales,
+)
 from rcmlib.figures.projection import (
     birth_of_a_tile,
     block_times,
@@ -50,7 +56,9 @@ __all__ = [
     "cancellation",
     "coefficients_over_time",
     "copy_ceiling",
+    "copy_share",
     "dataflow",
+    "granularity_errors",
     "headline",
     "launches",
     "ledger_boxes",
@@ -60,6 +68,7 @@ __all__ = [
     "noise_levels",
     "one_over_n",
     "one_ray",
+    "outlier_channels",
     "photo_to_tokens",
     "programs_1d",
     "programs_3d",
@@ -68,6 +77,7 @@ __all__ = [
     "saved_bytes",
     "score_memory",
     "seed_times",
+    "shared_scales",
     "skip_cost",
     "skip_share",
     "three_places",
