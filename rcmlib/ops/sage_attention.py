@@ -6,14 +6,13 @@ The loop of `attention.py` on the 8-bit copies of `quantize.py`. One program own
 queries of one head and walks over the keys BLOCK_N at a time.
 
     s  = q8 k8ᵀ                       int32, exact
-    p  = 448·exp2(qk·s − m)           qk = q_scale·k_scale, log2 e included; p fills E4M3
-    acc = alpha·acc + fp8(p) v8       l sums p, so 448 and v's scale leave in the epilogue
+    p  = 256·exp2(qk·s − m)           qk = q_scale·k_scale, log2 e included; 256: E4M3's range
+    acc = alpha·acc + fp8(p) v8       l sums p, so 256 and v's scale leave in the epilogue
 
 SageAttention2: arXiv 2411.10958; 2++: arXiv 2505.21136. x, out [B, Nq, H·D].
 HBM: the 8-bit copies and x are read, out is written.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -40,13 +39,16 @@ from rcmlib.ops.quantize import (
     to_e4m3,
 )
 
-LIFT = tl.constexpr(math.log2(E4M3_MAX))
+# Weights are relative to 2⁸, which E4M3 holds exactly and with room above. In float32 LIFT is
+# subtracted from numbers that large scores make large: rounded to their last bit it becomes 8,
+# or 0. A larger LIFT may become 9, or 16: weights beyond 448 would be cut off.
+LIFT = tl.constexpr(8 - 2.0**-20)
 # 2²⁴ as float32 bits. Adding a negative integer n to the bits gives 2²⁴ + n, exactly, down to
 # n = −2²³: an int32 becomes a float32 by one integer addition.
 TWO_24_BITS = tl.constexpr(0x4B800000)
 TWO_24 = tl.constexpr(2.0**24)
 NEVER = tl.constexpr(-(2**30))  # below every score
-# Largest |v8| whose sums with p8 ≤ 448 over 64 keys stay below float16's 65504 (2++).
+# |v8| whose sums with any p8 ≤ 448 over 64 keys stay below float16's 65504 (2++).
 V_MAX_FP16_SUM = 2.25
 
 
@@ -156,14 +158,15 @@ def step(acc, m, l, qk, qt, k, v, shifts, head, j, first_row, kv_len, kv_padded,
 
 
 @triton.jit
-def bring_to_l2(t, r, inside, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Touches each 32-byte sector of the tile at t (rows r, D columns): HBM sends it to L2.
+def bring_to_l2(t, rows, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Touches each 32-byte sector of some rows of t [length, D]: HBM sends them to L2.
 
     Volatile, or the compiler would drop a load whose value nobody wants.
     """
     SECTOR: tl.constexpr = 256 // t.dtype.element_ty.primitive_bitwidth
     c = tl.arange(0, BLOCK_D // SECTOR)[None, :] * SECTOR
-    tl.load(t + (r.to(tl.int64) * stride + c), mask=inside & (c < D), volatile=True)
+    inside = (rows < length) & (c < D)
+    tl.load(t + (rows.to(tl.int64) * stride + c), mask=inside, volatile=True)
 
 
 @triton.jit
@@ -187,12 +190,8 @@ def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out
     if x is not None:
         # Programs that start together end together. If all asked HBM for x only then, all would
         # wait: so x comes to L2 now. For registers to hold it there is no room.
-        x += (
-            tl.cast(b, tl.int64) * stride_xb
-            + tl.cast(first_row, tl.int64) * stride_xn
-            + h * D
-        )
-        bring_to_l2(x, r, (rows < q_len)[:, None], stride_xn, D, BLOCK_D)
+        x += tl.cast(b, tl.int64) * stride_xb + h * D
+        bring_to_l2(x, rows[:, None], q_len, stride_xn, D, BLOCK_D)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M, 8], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -222,6 +221,7 @@ def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out
     corner = tl.cast(b, tl.int64) * q_len + first_row
     inside = (rows < q_len)[:, None] & (d < D)[None, :]
     if x is not None:
+        x += tl.cast(first_row, tl.int64) * stride_xn
         xt = tl.load(x + (r.to(tl.int64) * stride_xn + d[None, :]), mask=inside)
         f = skip_epilogue(xt.to(tl.float32), f,
                           load_coefficient(c_skip, b, PER_SAMPLE),
@@ -269,7 +269,8 @@ def quantize_operands(
         center = (q_mean[..., :dim] * factor)[..., None]
         smooth = k.float() - k_mean[..., None, :dim] if smooth_k else k.float()
         bias = k.new_zeros((*k.shape[:2], padded_length(length)), dtype=torch.float32)
-        bias[..., :length] = (smooth @ center)[..., 0]
+        with torch.autocast(q.device.type, enabled=False):  # this product stays in float32
+            bias[..., :length] = (smooth @ center)[..., 0]
     limit = V_MAX_FP16_SUM if pv == "fp8_fp16" else E4M3_MAX
     v_mean, v_top = columns(v, smooth_v, True)
     v8 = quantize_values(v, limit, v_top, v_mean, fp8=pv != "fp16")
@@ -337,8 +338,19 @@ class SageTile(NamedTuple):
 
 
 def choose_sage_tile(head_dim: int, pv: str, capability: tuple[int, int]) -> SageTile:
-    """The tile of `sage_attention_kernel` for a GPU of this compute capability."""
+    """The tile of `sage_attention_kernel` for a GPU of this compute capability.
+
+    D ≤ 128 on sm_90 was measured; the other lines compile without spills
+    (tests/test_compilation.py).
+    """
+    block_d = padded_dim(head_dim)
     block_n = 64 if pv == "fp8_fp16" else 128
-    if padded_dim(head_dim) <= 64:
+    if block_d == 256:
+        return SageTile(64, 64, num_warps=8, num_stages=2)
+    if capability[0] == 9:
+        if block_d == 128:
+            return SageTile(64, block_n, num_warps=4, num_stages=2, maxnreg=168)
         return SageTile(64, block_n, num_warps=4, num_stages=3, maxnreg=128)
-    return SageTile(64, block_n, num_warps=4, num_stages=2, maxnreg=168)
+    if block_d == 128:
+        return SageTile(64, 64, num_warps=4, num_stages=3)
+    return SageTile(64, block_n, num_warps=4, num_stages=2)
