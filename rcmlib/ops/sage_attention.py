@@ -269,7 +269,8 @@ def quantize_operands(
         center = (q_mean[..., :dim] * factor)[..., None]
         smooth = k.float() - k_mean[..., None, :dim] if smooth_k else k.float()
         bias = k.new_zeros((*k.shape[:2], padded_length(length)), dtype=torch.float32)
-        with torch.autocast(q.device.type, enabled=False):  # this product stays in float32
+        # Autocast would round this product to 16 bits.
+        with torch.autocast(q.device.type, enabled=False):
             bias[..., :length] = (smooth @ center)[..., 0]
     limit = V_MAX_FP16_SUM if pv == "fp8_fp16" else E4M3_MAX
     v_mean, v_top = columns(v, smooth_v, True)
