@@ -19,6 +19,13 @@ from rcmlib.figures.epilogue import (
     one_over_n,
     seed_times,
 )
+from rcmlib.figures.fp8 import (
+    dropped_bits,
+    e4m3_grid,
+    error_budget,
+    long_sum,
+    weight_range,
+)
 from rcmlib.figures.fusing import launches, saved_bytes, skip_cost
 from rcmlib.figures.gradients import (
     loss_curves,
@@ -37,6 +44,12 @@ from rcmlib.figures.projection import (
     block_times,
     projection_gain,
     wan_block_places,
+)
+from rcmlib.figures.sage import (
+    sage_crossover,
+    sage_speeds,
+    taking_turns,
+    who_holds_what,
 )
 from rcmlib.figures.skip import copy_ceiling, programs_1d, programs_3d
 from rcmlib.figures.style import PALETTE, new_figure
@@ -58,10 +71,14 @@ __all__ = [
     "copy_ceiling",
     "copy_share",
     "dataflow",
+    "dropped_bits",
+    "e4m3_grid",
+    "error_budget",
     "granularity_errors",
     "headline",
     "launches",
     "ledger_boxes",
+    "long_sum",
     "loss_curves",
     "lost_delta",
     "new_figure",
@@ -74,15 +91,20 @@ __all__ = [
     "programs_3d",
     "projection_gain",
     "rescaling",
+    "sage_crossover",
+    "sage_speeds",
     "saved_bytes",
     "score_memory",
     "seed_times",
     "shared_scales",
     "skip_cost",
     "skip_share",
+    "taking_turns",
     "three_places",
     "tiles_in_flight",
     "training_ratios",
     "two_walks",
     "wan_block_places",
+    "weight_range",
+    "who_holds_what",
 ]
