@@ -45,6 +45,12 @@ from rcmlib.figures.projection import (
     projection_gain,
     wan_block_places,
 )
+from rcmlib.figures.sage import (
+    sage_crossover,
+    sage_speeds,
+    taking_turns,
+    who_holds_what,
+)
 from rcmlib.figures.skip import copy_ceiling, programs_1d, programs_3d
 from rcmlib.figures.style import PALETTE, new_figure
 from rcmlib.figures.tiles import (
@@ -85,16 +91,20 @@ __all__ = [
     "programs_3d",
     "projection_gain",
     "rescaling",
+    "sage_crossover",
+    "sage_speeds",
     "saved_bytes",
     "score_memory",
     "seed_times",
     "shared_scales",
     "skip_cost",
     "skip_share",
+    "taking_turns",
     "three_places",
     "tiles_in_flight",
     "training_ratios",
     "two_walks",
     "wan_block_places",
     "weight_range",
+    "who_holds_what",
 ]

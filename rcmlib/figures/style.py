@@ -17,6 +17,7 @@ PALETTE = {
     "cudnn": "#7F7F7F",
     "triton": "#CC79A7",  # the attention kernel without the skip
     "fused": "#0072B2",
+    "sage": "#882255",  # the 8-bit kernel
     "reference": "#000000",
     "neutral": "#9AA0A6",
 }
