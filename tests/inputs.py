@@ -34,11 +34,13 @@ def torch_skip(x, f, c_skip, c_out):
     )
 
 
-def poison_empty(monkeypatch):
-    """torch.empty returns NaN, so that an element nobody writes shows."""
+def poison_empty(monkeypatch, byte=0xFF):
+    """torch.empty returns NaN (−1 in integers), so that an element nobody writes shows."""
 
-    def poisoned(size, **kwargs):
-        return torch.full(size, float("nan"), **kwargs)
+    def poisoned(size, dtype, device):
+        count = torch.Size(size).numel() * dtype.itemsize
+        raw = torch.full((count,), byte, dtype=torch.uint8, device=device)
+        return raw.view(dtype).view(size)
 
     monkeypatch.setattr(torch, "empty", poisoned)
 

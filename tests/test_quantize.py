@@ -6,7 +6,7 @@ import torch
 from rcmlib.ops import interpreting, quantize
 from rcmlib.ops.quantize import tl, triton
 from rcmlib.reference import eight_bit
-from tests.inputs import DTYPES
+from tests.inputs import DTYPES, poison_empty
 
 LENGTHS = [1, 15, 16, 17, 127, 128, 129, 300]
 DIMS = [16, 64, 80, 128, 160, 256]
@@ -196,16 +196,9 @@ def test_every_byte_is_written(device, monkeypatch):
 
     expected = list(copies())
     for poison in (0xA5, 0x5A):  # int8 knows no NaN
-        monkeypatch.setattr(
-            torch, "empty", lambda s, p=poison, **kw: filled(s, p, **kw)
-        )
+        poison_empty(monkeypatch, poison)
         for out, ref in zip(copies(), expected, strict=True):
             assert_same(out, ref)
-
-
-def filled(size, byte, dtype, device):
-    raw = torch.full((torch.Size(size).numel() * dtype.itemsize,), byte, device=device)
-    return raw.to(torch.uint8).view(dtype).view(size)
 
 
 def test_int8_is_the_nearest_number_that_the_scale_allows(device):
