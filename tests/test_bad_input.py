@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import rcmlib
+from rcmlib.functional import sage
 
 
 def good(device):
@@ -111,29 +112,61 @@ CASES = [  # the argument, what it becomes, the error, what the message says
 ]
 
 
+both_attentions = pytest.mark.parametrize(
+    "function", [rcmlib.rcm_attention, rcmlib.rcm_sage_attention]
+)
+
+
+@both_attentions
 @pytest.mark.parametrize(("name", "change", "error", "message"), CASES)
-def test_rcm_attention_refuses(name, change, error, message, device):
+def test_attention_refuses(function, name, change, error, message, device):
     arguments = good(device)
     arguments[name] = change(arguments.get(name))
     with pytest.raises(error, match=message):
-        rcmlib.rcm_attention(**arguments)
+        function(**arguments)
 
 
+@both_attentions
 @pytest.mark.parametrize("dim", [1, 15, 257, 512])
-def test_rcm_attention_refuses_head_dimensions_it_has_no_tile_for(dim, device):
+def test_attention_refuses_head_dimensions_it_has_no_tile_for(function, dim, device):
     q, k, v = torch.randn(3, 1, 1, 4, dim, device=device).unbind(0)
     with pytest.raises(ValueError, match=f"head dimension of 16 to 256, got {dim}"):
-        rcmlib.rcm_attention(q, k, v, torch.randn(1, 4, dim, device=device), 0.5, 0.5)
+        function(q, k, v, torch.randn(1, 4, dim, device=device), 0.5, 0.5)
 
 
+@both_attentions
 @pytest.mark.gpu
-def test_tensors_on_different_devices_are_refused():
+def test_tensors_on_different_devices_are_refused(function):
     arguments = good("cuda")
     for name in ("k", "x"):
         with pytest.raises(ValueError, match=f"{name} "):
-            rcmlib.rcm_attention(**arguments | {name: arguments[name].cpu()})
+            function(**arguments | {name: arguments[name].cpu()})
     with pytest.raises(ValueError, match="c_skip must be on the inputs' device cuda:0"):
-        rcmlib.rcm_attention(**arguments | {"c_skip": torch.ones(2)})
+        function(**arguments | {"c_skip": torch.ones(2)})
+
+
+@pytest.mark.parametrize("pv", ["fp4", "", "FP8", 8, ["fp8"], torch.float8_e4m3fn])
+def test_rcm_sage_attention_refuses_number_formats_it_does_not_know(pv, device):
+    with pytest.raises(ValueError, match="pv must be None or one of fp8, fp8_fp16, .*"):
+        rcmlib.rcm_sage_attention(**good(device), pv=pv)
+
+
+@pytest.mark.parametrize("pv", ["fp8", "fp8_fp16", "fp8_short"])
+def test_rcm_sage_attention_refuses_fp8_on_a_gpu_without_it(pv, monkeypatch):
+    class OnGPU:
+        is_cuda, device = True, torch.device("cuda")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    with pytest.raises(ValueError, match='pv must be "fp16" on a GPU without FP8'):
+        sage._check_pv(pv, OnGPU)
+    assert sage._check_pv(None, OnGPU) == sage._check_pv("fp16", OnGPU) == "fp16"
+
+
+@pytest.mark.parametrize("name", ["smooth_q", "smooth_k", "smooth_v"])
+@pytest.mark.parametrize("flag", [1, None, "yes", torch.tensor(True)], ids=str)
+def test_rcm_sage_attention_refuses_flags_that_are_not_bool(name, flag, device):
+    with pytest.raises(TypeError, match=f"{name} must be a bool, got"):
+        rcmlib.rcm_sage_attention(**good(device), **{name: flag})
 
 
 @pytest.mark.parametrize(
