@@ -1,9 +1,13 @@
 """The kernels compile for every architecture in use, without spilling a register."""
 
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from rcmlib.functional.sage import PV
 from rcmlib.measure.ptx import Job, compile_kernels
 
 SIZES = [
@@ -59,6 +63,85 @@ def test_no_default_configuration_spills_or_wants_too_much_shared_memory(capabil
         assert f".target sm_{capability}" in compiled.ptx
         assert compiled.spill_bytes == 0, job
         assert compiled.shared_bytes <= SHARED_KIB[capability] * 1024, job
+
+
+def sage_jobs(capability):
+    """The 8-bit kernel: its heaviest variants, and each way to sum p v at D = 128."""
+    pvs = ["fp16"] if capability == 80 else PV
+    for pv in pvs:
+        yield sage(capability, 128, pv, ragged=True)
+    for dim in (64, 128, 256):
+        yield sage(capability, dim, pvs[0], ragged=True, causal=True)
+    yield sage(capability, 128, pvs[0])
+    yield sage(capability, 128, pvs[0], ragged=True, smooth_q=True)
+
+
+def sage(capability, dim, pv, **options):
+    return Job("sage_attention", capability, head_dim=dim, pv=pv, **options)
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_the_8_bit_kernel_spills_nothing_in_its_loop(capability):
+    """On an H100, its 168 registers are too few for the masked tile at D = 128.
+
+    That tile runs once a program. With more registers nothing is spilled, but then only two
+    programs fit on an SM instead of three: so those few bytes are the better choice.
+    """
+    jobs = list(sage_jobs(capability))
+    for job, compiled in zip(jobs, compile_kernels(jobs), strict=True):
+        assert compiled.shared_bytes <= SHARED_KIB[capability] * 1024, job
+        masked = job.ragged or job.causal
+        if capability == 90 and job.head_dim == 128 and masked:
+            assert compiled.spill_bytes <= 128, job
+            if compiled.spill_bytes:
+                assert not spills_in_loop(compiled.ptx, capability), job
+        else:
+            assert compiled.spill_bytes == 0, job
+
+
+def spills_in_loop(ptx, capability):
+    """The local loads and stores in the loop around the matrix instructions (wgmma)."""
+    lines = machine_code(ptx, capability)
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines)}
+    loops = []  # (length, first line): what is jumped back over
+    for i, line in enumerate(lines):
+        target = re.search(r"BRA.*`\((\S+)\)", line)
+        first = labels.get(target[1], i) if target else i
+        if any("GMMA" in inner for inner in lines[first:i]):
+            loops.append((i - first, first))
+    length, first = min(loops)
+    return re.findall(r"\b(?:LDL|STL)\b.*", "\n".join(lines[first : first + length]))
+
+
+def machine_code(ptx, capability):
+    """SASS, by the assembler and disassembler that come with Triton."""
+    from triton.backends.nvidia import compiler
+
+    ptxas = compiler.get_ptxas(capability)
+    target = re.search(r"\.target (\w+)", ptx).group(1)
+    disassembler = Path(compiler.__file__).parent / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [getattr(ptxas, "path", ptxas), f"--gpu-name={target}", source]
+        subprocess.run([*command, "-o", cubin], check=True)
+        sass = subprocess.run(
+            [disassembler, "-c", cubin], check=True, capture_output=True, text=True
+        ).stdout
+    return sass.splitlines()
+
+
+def test_hopper_multiplies_in_8_bits():
+    by_pv = dict.fromkeys(PV)
+    jobs = [sage(90, 64, pv) for pv in by_pv]
+    for pv, compiled in zip(by_pv, compile_kernels(jobs), strict=True):
+        products = set(re.findall(r"wgmma\.mma_async\S*k\d+\.(\S+)", compiled.ptx))
+        second = {
+            "fp8": "f32.e4m3.e4m3", "fp8_short": "f32.e4m3.e4m3",
+            "fp8_fp16": "f16.e4m3.e4m3", "fp16": "f32.f16.f16",
+        }[pv]  # fmt: skip
+        assert products == {"s32.s8.s8", second}, pv
+        assert "cp.async.bulk.tensor" in compiled.ptx
 
 
 def test_hopper_uses_its_own_matrix_and_copy_instructions():

@@ -345,13 +345,15 @@ def choose_sage_tile(head_dim: int, pv: str, capability: tuple[int, int]) -> Sag
     (tests/test_compilation.py).
     """
     block_d = padded_dim(head_dim)
-    block_n = 64 if pv == "fp8_fp16" else 128
-    if block_d == 256:
-        return SageTile(64, 64, num_warps=8, num_stages=2)
     if capability[0] == 9:
+        if block_d == 256:
+            return SageTile(64, 64, num_warps=8, num_stages=2)
+        block_n = 64 if pv == "fp8_fp16" else 128
         if block_d == 128:
             return SageTile(64, block_n, num_warps=4, num_stages=2, maxnreg=168)
         return SageTile(64, block_n, num_warps=4, num_stages=3, maxnreg=128)
+    if block_d == 256:
+        return SageTile(32, 64, num_warps=8, num_stages=2)
     if block_d == 128:
-        return SageTile(64, 64, num_warps=4, num_stages=3)
-    return SageTile(64, block_n, num_warps=4, num_stages=2)
+        return SageTile(64, 64, num_warps=8, num_stages=3)
+    return SageTile(64, 64, num_warps=4, num_stages=3)
