@@ -1,11 +1,16 @@
 """Inputs, peers and the error bound that the tests of the kernels share."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from rcmlib import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="needs FP8, which GPUs have from compute capability 8.9 on",
+)
 
 
 def heads(shape, dtype, device, seed=0):

@@ -6,7 +6,9 @@ import torch
 from rcmlib.ops import interpreting, quantize
 from rcmlib.ops.quantize import tl, triton
 from rcmlib.reference import eight_bit
-from tests.inputs import DTYPES, poison_empty
+from tests.inputs import DTYPES, needs_fp8, poison_empty
+
+pytestmark = needs_fp8
 
 LENGTHS = [1, 15, 16, 17, 127, 128, 129, 300]
 DIMS = [16, 64, 80, 128, 160, 256]
