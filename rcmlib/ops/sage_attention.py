@@ -158,18 +158,6 @@ def step(acc, m, l, qk, qt, k, v, shifts, head, j, first_row, kv_len, kv_padded,
 
 
 @triton.jit
-def bring_to_l2(t, rows, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Touches each 32-byte sector of some rows of t [length, D]: HBM sends them to L2.
-
-    Volatile, or the compiler would drop a load whose value nobody wants.
-    """
-    SECTOR: tl.constexpr = 256 // t.dtype.element_ty.primitive_bitwidth
-    c = tl.arange(0, BLOCK_D // SECTOR)[None, :] * SECTOR
-    inside = (rows < length) & (c < D)
-    tl.load(t + (rows.to(tl.int64) * stride + c), mask=inside, volatile=True)
-
-
-@triton.jit
 def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out,
                           c_skip, c_out, v_unit, heads, q_len, kv_len, q_padded, kv_padded,
                           stride_xb, stride_xn,
@@ -186,12 +174,6 @@ def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out
     row_scale = tl.load(q_scale + head * (q_padded // Q_GROUP) + rows // Q_GROUP)
     k_scale += head * (kv_padded // K_GROUP)
     shifts = None if bias is None else bias + head * kv_padded
-    r, d = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_D)
-    if x is not None:
-        # Programs that start together end together. If all asked HBM for x only then, all would
-        # wait: so x comes to L2 now. For registers to hold it there is no room.
-        x += tl.cast(b, tl.int64) * stride_xb + h * D
-        bring_to_l2(x, rows[:, None], q_len, stride_xn, D, BLOCK_D)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M, 8], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -213,6 +195,7 @@ def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out
         acc, m, l = step(acc, m, l, qk, qt, k, v, shifts, head, j, first_row, kv_len,
                          kv_padded, BLOCK_N, TMA, CAUSAL, False, PV, NATIVE)  # fmt: skip
 
+    r, d = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_D)
     unit = tl.load(v_top + head * BLOCK_D + d) * v_unit
     f = acc * (1 / tl.sum(l, 1))[:, None] * unit[None, :]
     if v_mean is not None:
@@ -221,7 +204,11 @@ def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out
     corner = tl.cast(b, tl.int64) * q_len + first_row
     inside = (rows < q_len)[:, None] & (d < D)[None, :]
     if x is not None:
-        x += tl.cast(first_row, tl.int64) * stride_xn
+        x += (
+            tl.cast(b, tl.int64) * stride_xb
+            + tl.cast(first_row, tl.int64) * stride_xn
+            + h * D
+        )
         xt = tl.load(x + (r.to(tl.int64) * stride_xn + d[None, :]), mask=inside)
         f = skip_epilogue(xt.to(tl.float32), f,
                           load_coefficient(c_skip, b, PER_SAMPLE),
