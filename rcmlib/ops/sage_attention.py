@@ -341,6 +341,4 @@ def choose_sage_tile(head_dim: int, pv: str, capability: tuple[int, int]) -> Sag
         return SageTile(64, block_n, num_warps=4, num_stages=3, maxnreg=128)
     if block_d == 256:
         return SageTile(32, 64, num_warps=8, num_stages=2)
-    if block_d == 128:
-        return SageTile(64, 64, num_warps=8, num_stages=3)
-    return SageTile(64, 64, num_warps=4, num_stages=3)
+    return SageTile(64, 64, num_warps=8, num_stages=3)
