@@ -95,16 +95,20 @@ def test_the_kernel_follows_its_model(shape, is_causal, dtype, pv, smooth, devic
 @pytest.mark.parametrize("smooth_k", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_smoothing_q_corrects_the_scores(is_causal, smooth_k, device):
-    """q has an offset that costs it INT8's resolution: without it, errors are smaller."""
+    """q has an offset that costs it INT8's resolution: without it, errors are smaller.
+
+    In float16, because FP8's own errors would hide the difference.
+    """
     q, k, v, *_ = heads((1, 2, 70, 150, 64), FP32, device)
-    q = q + 5 * torch.randn(64, device=device).sign()
-    options = {"is_causal": is_causal, "smooth_k": smooth_k}
+    signs = torch.randn(64, generator=torch.Generator().manual_seed(0)).sign()
+    q = q + 5 * signs.to(device)
+    options = {"is_causal": is_causal, "smooth_k": smooth_k, "pv": "fp16"}
     ref = reference.merge_heads(reference.attention(q, k, v, is_causal=is_causal))
     rough, smooth = (
         reference.relative_l2(sage_attention(q, k, v, smooth_q=s, **options), ref)
         for s in (False, True)
     )
-    assert smooth < rough and smooth < 0.04
+    assert smooth < 0.7 * rough and smooth < 0.01
 
 
 @settings(max_examples=8, deadline=None)
