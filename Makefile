@@ -34,7 +34,7 @@ test: $(READY) ## lint, build the book, run every test and every notebook
 
 gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
 	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) \
-		--ignore=tests/test_html.py
+		--ignore=tests/test_html.py $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist loadfile)
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PYTHON) -m jupyterlab --notebook-dir=notebooks
