@@ -135,7 +135,8 @@ def columns_kernel(t, sums, highs, lows, heads, length, chunk,
     head = tl.program_id(0) // chunks
     first = tl.program_id(0) % chunks * chunk
     stop = tl.minimum(first + chunk, length)
-    # In float64, in which sums of 16-bit numbers are exact, hence the same in any order.
+    # In float64: unless their range is extreme, sums of 16-bit numbers are exact in it,
+    # hence the same in any order.
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
     high = tl.full([BLOCK_N, BLOCK_D], float("-inf"), tl.float32)
     low = tl.full([BLOCK_N, BLOCK_D], float("inf"), tl.float32)
