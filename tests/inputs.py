@@ -87,3 +87,32 @@ def gradients(function, inputs, g):
     """∂(Σ g·function(*inputs))/∂(each input)."""
     inputs = [a.detach().requires_grad_() for a in inputs]
     return torch.autograd.grad(function(*inputs), inputs, g)
+
+
+def check_x_at_t_zero(function, dtype, device):
+    """Where c_skip = 1 and c_out = 0, function(q, k, v, x, …) is x, bit for bit."""
+    q, k, v, x, *_ = heads((2, 2, 33, 33, 32), dtype, device)
+    x[0, 0, :4] = torch.tensor(
+        [-0.0, 0.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny]
+    )
+    q[0] *= torch.finfo(dtype).max / 8  # finite, but its scores overflow
+    assert q.isfinite().all()
+    for one, zero in ((1.0, 0.0), (torch.ones(2), torch.zeros(2))):
+        if isinstance(one, torch.Tensor):
+            one, zero = one.to(device), zero.to(device)
+        out = function(q, k, v, x, one, zero)
+        assert torch.equal(out, x)
+        assert torch.equal(out.signbit(), x.signbit())  # -0.0 stays -0.0
+
+
+def check_each_sample_alone(function, batch, device):
+    """A batch gives what its samples give one by one, with numbers as coefficients."""
+    inputs = heads((batch, 2, 20, 20, 16), torch.float32, device)
+    q, k, v, x, c_skip, c_out = inputs
+    together = function(*inputs)
+    for b in range(batch):
+        row = slice(b, b + 1)
+        alone = function(
+            q[row], k[row], v[row], x[row], c_skip[b].item(), c_out[b].item()
+        )
+        assert torch.equal(together[row], alone)

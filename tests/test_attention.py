@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 import rcmlib
 from rcmlib import reference
 from rcmlib.ops import attention
-from tests.inputs import DTYPES, assert_close, heads, poison_empty, torch_attention
+from tests.inputs import (
+    DTYPES,
+    assert_close,
+    check_each_sample_alone,
+    check_x_at_t_zero,
+    heads,
+    poison_empty,
+    torch_attention,
+)
 
 SHAPES = [  # (B, H, Nq, Nkv, D)
     (1, 1, 1, 1, 16),  # one token
@@ -67,30 +75,11 @@ def test_without_a_skip_the_launcher_is_plain_attention(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_at_t_zero_the_result_is_x_bit_for_bit(dtype, device):
-    q, k, v, x, *_ = heads((2, 2, 33, 33, 32), dtype, device)
-    x[0, 0, :4] = torch.tensor(
-        [-0.0, 0.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny]
-    )
-    q[0] *= torch.finfo(dtype).max / 8  # finite, but its scores overflow
-    assert q.isfinite().all()
-    for one, zero in ((1.0, 0.0), (torch.ones(2), torch.zeros(2))):
-        if isinstance(one, torch.Tensor):
-            one, zero = one.to(device), zero.to(device)
-        out = rcmlib.rcm_attention(q, k, v, x, one, zero)
-        assert torch.equal(out, x)
-        assert torch.equal(out.signbit(), x.signbit())  # -0.0 stays -0.0
+    check_x_at_t_zero(rcmlib.rcm_attention, dtype, device)
 
 
 def test_each_sample_has_its_own_coefficients(device):
-    inputs = heads((4, 2, 20, 20, 16), torch.float32, device)
-    q, k, v, x, c_skip, c_out = inputs
-    together = rcmlib.rcm_attention(*inputs)
-    for b in range(4):
-        row = slice(b, b + 1)
-        alone = rcmlib.rcm_attention(
-            q[row], k[row], v[row], x[row], c_skip[b].item(), c_out[b].item()
-        )
-        assert torch.equal(together[row], alone)
+    check_each_sample_alone(rcmlib.rcm_attention, 4, device)
 
 
 @pytest.mark.parametrize(

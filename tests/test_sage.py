@@ -15,7 +15,13 @@ from rcmlib.measure.inputs import gaussian, video_like
 from rcmlib.ops.attention import architecture
 from rcmlib.ops.sage_attention import choose_sage_tile
 from rcmlib.reference import eight_bit
-from tests.inputs import heads, needs_fp8, poison_empty
+from tests.inputs import (
+    check_each_sample_alone,
+    check_x_at_t_zero,
+    heads,
+    needs_fp8,
+    poison_empty,
+)
 
 pytestmark = needs_fp8
 
@@ -290,18 +296,7 @@ def test_every_element_of_the_result_is_written(device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 def test_at_t_zero_the_result_is_x_bit_for_bit(dtype, device):
-    q, k, v, x, *_ = heads((2, 2, 33, 33, 32), dtype, device)
-    x[0, 0, :4] = torch.tensor(
-        [-0.0, 0.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny]
-    )
-    q[0] *= torch.finfo(dtype).max / 8  # finite, but its scores overflow
-    assert q.isfinite().all()
-    for one, zero in ((1.0, 0.0), (torch.ones(2), torch.zeros(2))):
-        if isinstance(one, torch.Tensor):
-            one, zero = one.to(device), zero.to(device)
-        out = rcmlib.rcm_sage_attention(q, k, v, x, one, zero)
-        assert torch.equal(out, x)
-        assert torch.equal(out.signbit(), x.signbit())  # -0.0 stays -0.0
+    check_x_at_t_zero(rcmlib.rcm_sage_attention, dtype, device)
 
 
 def test_without_x_it_is_attention_alone(device):
@@ -311,15 +306,7 @@ def test_without_x_it_is_attention_alone(device):
 
 
 def test_each_sample_has_its_own_coefficients(device):
-    inputs = heads((3, 2, 20, 20, 16), FP32, device)
-    q, k, v, x, c_skip, c_out = inputs
-    together = rcmlib.rcm_sage_attention(*inputs)
-    for b in range(3):
-        row = slice(b, b + 1)
-        alone = rcmlib.rcm_sage_attention(
-            q[row], k[row], v[row], x[row], c_skip[b].item(), c_out[b].item()
-        )
-        assert torch.equal(together[row], alone)
+    check_each_sample_alone(rcmlib.rcm_sage_attention, 3, device)
 
 
 def dense(t):

@@ -44,11 +44,12 @@ DISTRIBUTIONS = {
 
 def copies_case(name: str) -> dict:
     from rcmlib.ops import quantize
+    from rcmlib.ops.attention import architecture
     from rcmlib.ops.sage_attention import choose_sage_tile
 
     q, k, v, *_ = attention_inputs(*SHAPES[name])
-    tokens, dim = q.shape[2:]
-    group = choose_sage_tile(dim, "fp8", (9, 0)).block_n
+    dim = q.shape[3]
+    group = choose_sage_tile(dim, "fp8", architecture(q)).block_n
     mean = quantize.columns(k, True, False).mean
     v_mean, v_top = quantize.columns(v, True, True)
     q_copy = partial(quantize.quantize_int8, q, 1, None, 0.1)
