@@ -1,6 +1,8 @@
 """Shared by every test and by nbval: what runs where no GPU is seen, and what fails."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +30,14 @@ def pytest_collection_modifyitems(items):
 def device() -> str:
     """Where a test puts its tensors: "cuda" if there is one, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def gpu_memory():
+    """For a test that wants gigabytes on the GPU: such tests take turns, of all workers too."""
+    import fcntl
+
+    with Path(tempfile.gettempdir(), "rcmlib-gpu-memory.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()  # a worker would keep what it has freed

@@ -125,7 +125,7 @@ def test_queries_and_keys_may_overlap_in_memory(dtype, device):
 
 
 @pytest.mark.gpu
-def test_strides_between_tokens_may_be_huge():
+def test_strides_between_tokens_may_be_huge(gpu_memory):
     """Token stride 2²⁶ elements: row 40 of a tile lies beyond int32."""
     storage = torch.zeros(40 * 2**26 + 16, device="cuda", dtype=torch.float16)
     k = storage.as_strided((1, 1, 41, 16), (16, 16, 2**26, 1))
@@ -166,7 +166,7 @@ def test_integer_inputs_give_the_exact_answer_over_many_seeds(dtype):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_two_to_the_31_elements():
+def test_offsets_beyond_two_to_the_31_elements(gpu_memory):
     """x and the result have 2.3·10⁹ elements; the last tokens sit beyond int32."""
     tokens, dim = 70_001, 128
     x = torch.zeros(1, tokens, 256 * dim, device="cuda", dtype=torch.bfloat16)

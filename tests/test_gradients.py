@@ -252,7 +252,7 @@ def test_integer_inputs_give_the_exact_gradient_over_many_seeds(dim):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_two_to_the_31_elements():
+def test_offsets_beyond_two_to_the_31_elements(gpu_memory):
     """g, F and dq have 2.3·10⁹ elements; the last tokens sit beyond int32."""
     tokens, dim = 70_001, 128
     q = torch.randn(1, 1, tokens, dim, device="cuda", dtype=torch.bfloat16)

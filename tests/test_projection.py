@@ -469,7 +469,7 @@ def test_a_cuda_graph_can_hold_the_kernel():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("depth", [64, 8], ids=str)
-def test_offsets_beyond_two_to_the_31_elements(depth):
+def test_offsets_beyond_two_to_the_31_elements(depth, gpu_memory):
     """x and the result have 2.2·10⁹ elements; the last tokens sit beyond int32."""
     tokens, cols = 131_073, 16_512
     x = torch.zeros(1, tokens, cols, device="cuda", dtype=torch.bfloat16)
@@ -484,7 +484,7 @@ def test_offsets_beyond_two_to_the_31_elements(depth):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
-def test_strides_between_tokens_may_be_huge(shift):
+def test_strides_between_tokens_may_be_huge(shift, gpu_memory):
     """Token stride 2²⁶ elements: row 40 of a tile lies beyond int32."""
     storage = torch.zeros(40 * 2**26 + 64, device="cuda", dtype=torch.float16)
     far = storage[shift:].as_strided((1, 41, 32), (32, 2**26, 1))

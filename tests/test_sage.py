@@ -399,7 +399,7 @@ def test_160_thousand_tokens_match_a_few_rows_of_the_model():
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_two_to_the_31_elements():
+def test_offsets_beyond_two_to_the_31_elements(gpu_memory):
     """x, the result and q's copy, then k's and v's, have 2.3·10⁹ elements."""
     tokens, dim = 70_001, 128
     long = torch.randn(1, 1, tokens, dim, device="cuda", dtype=BF16)
@@ -427,7 +427,7 @@ def test_offsets_beyond_two_to_the_31_elements():
 
 
 @pytest.mark.gpu
-def test_strides_between_tokens_may_be_huge():
+def test_strides_between_tokens_may_be_huge(gpu_memory):
     """Token stride 2²⁶ elements: row 40 of a tile lies beyond int32."""
     storage = torch.zeros(40 * 2**26 + 16, device="cuda", dtype=FP16)
     far = storage.as_strided((1, 1, 41, 16), (16, 16, 2**26, 1))

@@ -116,7 +116,7 @@ def test_a_residual_in_float32_keeps_its_precision(device):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_two_to_the_31_elements():
+def test_offsets_beyond_two_to_the_31_elements(gpu_memory):
     x = torch.zeros(1, 2**31 + 5000, device="cuda", dtype=torch.bfloat16)
     f = x.clone()
     x[0, -1], f[0, -2] = 2, 4

@@ -86,6 +86,7 @@ def _compile(job: Job) -> Compiled:
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
         if kind.startswith("*") or name.startswith("stride") or name in lengths
+        if not kernel.params[names.index(name)].do_not_specialize
     }
     source = triton.compiler.ASTSource(
         kernel,

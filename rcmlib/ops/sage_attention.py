@@ -157,7 +157,7 @@ def step(acc, m, l, qk, qt, k, v, shifts, head, j, first_row, kv_len, kv_padded,
     return add_values(acc, alpha, to_operand(p, PV, NATIVE), vt, PV), m, l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "kv_len"])  # see `to_e4m3`
 def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out,
                           c_skip, c_out, v_unit, heads, q_len, kv_len, q_padded, kv_padded,
                           stride_xb, stride_xn,
