@@ -1,11 +1,9 @@
 """Chapters 9 to 11: the 8-bit copies, the 8-bit kernel, its accuracy, and where it pays."""
 
 import importlib.util
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 import rcmlib
 from rcmlib import reference
@@ -15,9 +13,9 @@ from rcmlib.measure import timing
 from rcmlib.measure.inputs import gaussian, video_like
 from rcmlib.measure.pipelines import (
     attention_inputs,
-    compile_skip,
-    cudnn,
+    implementation,
     sage_one,
+    share_of_bound,
 )
 from rcmlib.measure.suites.suite import INPUTS, Suite, case, free, right_ones
 from rcmlib.reference import eight_bit
@@ -76,48 +74,15 @@ def copies_case(name: str) -> dict:
     return result
 
 
-def quantized_kernels(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Tensor]]:
-    """The 8-bit kernel alone, its operands quantised before: with the skip, and without."""
-    from rcmlib.ops import sage_attention as op
-
-    *_, tokens, dim = q.shape
-    sizes = (False, tokens, dim, tokens, x.dtype)
-    functions = {}
-    for pv in PV:
-        operands = op.quantize_operands(q, k, v, dim**-0.5, False, True, True, pv)
-        run = partial(op.attend_quantized, operands, x, c_skip, c_out, *sizes)
-        functions[f"sage_kernel_{pv}"] = run
-        if pv == "fp8":
-            alone = partial(op.attend_quantized, operands, None, None, None, *sizes)
-            functions["sage_kernel_no_skip"] = alone
-    return functions
-
-
 def sage_case(name: str, shape: tuple[int, ...], kernels: bool) -> dict:
-    q, k, v, x, c_skip, c_out = inputs = attention_inputs(*shape)
-    skip = compile_skip()
-    functions = {
-        "cudnn": partial(cudnn, q, k, v),
-        "cudnn_compiled": lambda: skip(x, cudnn(q, k, v), c_skip, c_out),
-        "fused": partial(rcmlib.rcm_attention, *inputs),
-        "sage": partial(rcmlib.rcm_sage_attention, *inputs),
-    }
+    inputs = attention_inputs(*shape)
+    labels = ["cudnn", "cudnn_compiled", "fused", "sage"]
     if kernels:
-        functions |= quantized_kernels(*inputs)
+        labels += [*(f"sage_kernel_{pv}" for pv in PV), "sage_kernel_no_skip"]
     if importlib.util.find_spec("sageattention"):
-        peer = sage_one(q, k, v)
-        functions["sage1_compiled"] = lambda: skip(x, peer(), c_skip, c_out)
-    rows = torch.tensor([0, shape[2] // 2, shape[2] - 1], device=x.device)
-    some = (q[:, :, rows], k, v, x[:, rows])
-    with_skip = reference.rcm_attention(*some, c_skip, c_out)
-    alone = reference.rcm_attention(*some, 0.0, 1.0)
-
-    def error(label, out):
-        ref = alone if label in ("cudnn", "sage_kernel_no_skip") else with_skip
-        bound = 0.06 if label.startswith("sage") else 0.01
-        return reference.relative_l2(out[:, rows], ref) / bound
-
-    right = right_ones(functions, error, 1.0, name)
+        labels.append("sage1_compiled")
+    functions = {label: implementation(label, inputs) for label in labels}
+    right = right_ones(functions, share_of_bound(inputs), 1.0, name)
     result = case(name, dict(zip("BHND", shape, strict=True)), timing.compare(right))
     free()
     return result
