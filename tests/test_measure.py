@@ -48,7 +48,7 @@ def test_the_published_saving_is_27_percent_and_the_honest_one_18():
         "skip",
         "attention",
         "tiles",
-        "scaling",
+        "one_over_n",
         "gradients",
         "projection",
         "modules",

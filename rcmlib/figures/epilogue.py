@@ -101,7 +101,7 @@ def _draw_seed_times(ax):
 def one_over_n(law, asymptote):
     """Measured gain of fusing over N with two predictions, functions of N in percent."""
     fig, ax = new_figure(7.0, 3.6)
-    cases = records.record("scaling")["cases"]
+    cases = records.record("one_over_n")["cases"]
     tokens = [c["N"] for c in cases]
     gains, spreads = [], []
     for c in cases:

@@ -1,7 +1,7 @@
 """The book's measurements: python -m rcmlib.measure.benchmark [--suite NAME …] [--out FOLDER].
 
 Suites: ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention, tiles and
-scaling (chapter 6: the table, the choice of tiles, the 1/N law), gradients (chapter 7),
+one_over_n (chapter 6: the table, the choice of tiles, the 1/N law), gradients (chapter 7),
 projection, modules and blocks (chapter 8), sage_quantize, sage, sage_crossover and
 sage_accuracy (chapters 9 to 11; `sageattention==1.0.6` is timed too where it is installed).
 Each writes one record. Every implementation of the skip is checked first, on the very inputs

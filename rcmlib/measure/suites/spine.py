@@ -28,7 +28,7 @@ ATTENTION = {
     "D128_N8192": (2, 16, 8192, 128),
     "D128_N32768": (1, 12, 32768, 128),
 }
-SCALING = {f"N{n}": (32768 // n, 12, n, 64) for n in (2**e for e in range(8, 16))}
+ONE_OVER_N = {f"N{n}": (32768 // n, 12, n, 64) for n in (2**e for e in range(8, 16))}
 TILES = [
     (64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3),
     (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 4, 2),
@@ -139,9 +139,9 @@ SUITES = {
         f"{INPUTS} Each checked first against the tile that rcmlib chooses.",
         measure_tiles,
     ),
-    "scaling": Suite(
+    "one_over_n": Suite(
         "The same at 32768 tokens in all (B·N), from many short sequences to one long one.",
         f"{INPUTS} {THREE_ROWS}",
-        lambda: [attention_case(*item) for item in SCALING.items()],
+        lambda: [attention_case(*item) for item in ONE_OVER_N.items()],
     ),
 }
