@@ -1,24 +1,63 @@
-"""GPU times with CUDA events: cold L2, a full queue, medians with their spread."""
+"""GPU times with CUDA events: cold L2, a full queue, medians with their spread.
 
+compare    GPU time of several functions, interleaved    peak_bytes  memory of one call
+wall       time a call, Python and GPU together          launch_us   Python's part of a call
+"""
+
+import gc
 import random
+import re
 import statistics
-from collections.abc import Callable
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 
 # Long enough for Python to queue the slowest launch path (eager PyTorch under a context
 # manager takes about 0.1 ms) while the GPU waits: times are the GPU's, not the interpreter's.
 QUEUE_CYCLES = 1_800_000  # about 1 ms
+OVERHEAD_MS = 1.1  # what a sample costs beside the call: that wait, and the write to L2
+L2_BYTES = 256 << 20  # larger than any GPU's L2
+BUDGET_MS = 1000.0
+LEAST_SAMPLES = 5
+LONG_MS = 50.0  # from here on one warm-up call after the first is enough
+SHORT_QUEUE = 8  # calls that the GPU can be behind without Python waiting for it
+
+Result = TypeVar("Result")
 
 
 class Timing(NamedTuple):
-    """Milliseconds: the median and the 10th and 90th percentiles of `samples` runs."""
+    """Milliseconds: median, 10th and 90th percentiles, and all `samples` in the order taken."""
 
     median_ms: float
     p10_ms: float
     p90_ms: float
     samples: int
+    all_ms: list[float]
+
+
+class Clock:
+    """Samples the GPU time of calls. RuntimeError without a CUDA device."""
+
+    def __init__(self):
+        _need_a_gpu()
+        self._cache = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+
+    def samples(self, fn: Callable[[], object], repeats: int) -> list[float]:
+        """Milliseconds of each of `repeats` calls, L2 overwritten before each."""
+        events = []
+        for _ in range(repeats):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._cache.zero_()
+            torch.cuda._sleep(QUEUE_CYCLES)
+            start.record()
+            fn()
+            stop.record()
+            events.append((start, stop))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) for start, stop in events]
 
 
 def time_ms(fn: Callable[[], object], repeats: int = 50) -> Timing:
@@ -45,44 +84,167 @@ def graph(fn: Callable[[], object]) -> Callable[[], None]:
 
 
 def compare(
-    functions: dict[str, Callable[[], object]], rounds: int = 6, repeats: int = 10
+    functions: dict[str, Callable[[], object]],
+    rounds: int = 6,
+    repeats: int = 10,
+    budget_ms: float = BUDGET_MS,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Times several functions in turn, `rounds` times, each round in another order.
 
     A GPU under load warms up and lowers its clock: in a fixed order, the last function would
     pay for it. Before each call the L2 cache is overwritten, as in a model where other
-    layers ran in between. rounds × repeats samples a function.
+    layers ran in between. rounds × repeats samples a function, fewer for one whose samples
+    would take longer than budget_ms (see `sample_count`).
+    A function that raises is named in `failed` with its reason, and the others go on; without
+    `failed` the error is raised. RuntimeError without a CUDA device.
     """
-    if not torch.cuda.is_available():
-        raise RuntimeError("times are taken on a CUDA device, and there is none here")
-    cache = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for fn in functions.values():  # compile, allocate, warm up
+    clock = Clock()
+    shares = {}
+    for name, fn in functions.items():
+        estimate = _attempt(partial(_warm_up, fn, clock), name, failed)
+        if estimate is not None:
+            count = sample_count(estimate, rounds * repeats, budget_ms)
+            shares[name] = _spread_over(rounds, count)
+    samples: dict[str, list[float]] = {name: [] for name in shares}
+    order = random.Random(0)
+    for index in range(rounds):
+        for name in order.sample(list(samples), len(samples)):
+            take = partial(clock.samples, functions[name], shares[name][index])
+            taken = _attempt(take, name, failed)
+            if taken is None:
+                del samples[name]
+            else:
+                samples[name] += taken
+    return {name: summary(times) for name, times in samples.items()}
+
+
+def sample_count(estimate_ms: float, most: int, budget_ms: float = BUDGET_MS) -> int:
+    """How many samples of a call of estimate_ms fit in the budget: from 5 to `most`."""
+    fit = int(budget_ms / (estimate_ms + OVERHEAD_MS))
+    return min(most, max(LEAST_SAMPLES, fit))
+
+
+def _spread_over(rounds: int, count: int) -> list[int]:
+    """count samples as evenly as possible over the rounds: 8 over 6 are 2, 2, 1, 1, 1, 1."""
+    return [count // rounds + (index < count % rounds) for index in range(rounds)]
+
+
+def _warm_up(fn: Callable[[], object], clock: Clock) -> float:
+    """Calls fn until it has compiled and allocated; about how long a call takes, in ms."""
+    fn()
+    (took,) = clock.samples(fn, 1)
+    if took > LONG_MS:
+        return took
+    return min(took, *clock.samples(fn, 1))
+
+
+def wall(
+    functions: dict[str, Callable[[], object]],
+    calls: int = 20,
+    failed: dict[str, str] | None = None,
+) -> dict[str, Timing]:
+    """Time a call as a program sees it: `calls` in a row, until the GPU is done; L2 as it is.
+
+    Where Python queues more slowly than the GPU works, this is Python's time.
+    """
+    _need_a_gpu()
+
+    def sample(fn):
+        start = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3 / calls
+
+    def samples(fn):
         for _ in range(3):
             fn()
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(functions), len(functions)):
-            samples[name] += _samples(functions[name], repeats, cache)
-    return {name: _summary(times) for name, times in samples.items()}
+        torch.cuda.synchronize()
+        return [sample(fn) for _ in range(20)]
+
+    taken = {n: _attempt(partial(samples, f), n, failed) for n, f in functions.items()}
+    return {name: summary(times) for name, times in taken.items() if times}
 
 
-def _samples(
-    fn: Callable[[], object], repeats: int, cache: torch.Tensor
-) -> list[float]:
-    events = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cache.zero_()
-        torch.cuda._sleep(QUEUE_CYCLES)
-        start.record()
+def launch(fn: Callable[[], object], calls: int = 304) -> Timing:
+    """The host time of one call, in ms: Python and driver until the launches are queued.
+
+    The GPU is behind by a few calls only, so that none waits for room in the queue.
+    """
+    _need_a_gpu()
+    for _ in range(3):
         fn()
-        stop.record()
-        events.append((start, stop))
+    times: list[float] = []
+    while len(times) < calls:
+        torch.cuda.synchronize()
+        fn()  # to a GPU that was idle: not counted
+        for _ in range(SHORT_QUEUE):
+            start = time.perf_counter_ns()
+            fn()
+            times.append((time.perf_counter_ns() - start) / 1e6)
     torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in events]
+    return summary(times)
 
 
-def _summary(times: list[float]) -> Timing:
-    deciles = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
-    return Timing(statistics.median(times), deciles[0], deciles[8], len(times))
+def launch_us(fn: Callable[[], object]) -> float:
+    """The median host time of one call, in microseconds. RuntimeError without a CUDA device."""
+    return launch(fn).median_ms * 1e3
+
+
+def peak_bytes(fn: Callable[[], object]) -> int:
+    """The most memory that one call holds at a time, above what exists before it.
+
+    fn has to have run once before: a first call also compiles and keeps workspaces.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def attempt(
+    action: Callable[[], Result], name: str, failed: dict[str, str]
+) -> Result | None:
+    """action's result. If it raises: None, the reason in failed[name], its memory freed."""
+    try:
+        return action()
+    except Exception as error:
+        failed[name] = reason(error)
+    # After the except clause, whose exception holds the failed call's tensors.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _attempt(action, name, failed):
+    return action() if failed is None else attempt(action, name, failed)
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in one short sentence."""
+    text = str(error).strip()
+    if wanted := re.search(r"Tried to allocate ([\d.]+ \w+)", text):
+        return f"out of memory: tried to allocate {wanted[1]}"
+    first = re.split(r"\n|\. ", text)[0].rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return first[:160] or type(error).__name__
+
+
+def summary(times: Iterable[float]) -> Timing:
+    """Median and spread of samples in milliseconds, which are kept to 10 ns."""
+    times = [round(t, 5) for t in times]
+    deciles = times * 9
+    if len(times) > 1:  # inclusive: five samples have no decile below the smallest
+        deciles = statistics.quantiles(times, n=10, method="inclusive")
+    median = statistics.median(times)
+    return Timing(median, deciles[0], deciles[8], len(times), times)
+
+
+def _need_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise RuntimeError("times are taken on a CUDA device, and there is none here")

@@ -77,17 +77,6 @@ def parts(inputs, g: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most memory that one step holds at a time, above what exists before it."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def gradient_error(gradients, inputs, g: Tensor) -> float:
     """Of dq, dk, dv of the first sample's first head, and dx, against float64: the largest."""
     q, k, v, x, c_skip, c_out = inputs
@@ -103,7 +92,7 @@ def gradients_case(name: str) -> dict:
     g = torch.randn_like(inputs[3])
     steps = {n: training_step(f, inputs, g) for n, f in layers().items()}
     steps = right_ones(steps, lambda _, out: gradient_error(out, inputs, g), 0.02, name)
-    memory = {label: peak_bytes(step) for label, step in steps.items()}
+    memory = {label: timing.peak_bytes(step) for label, step in steps.items()}
     graphs = {label: timing.graph(step) for label, step in steps.items()}
     times = timing.compare(graphs | parts(inputs, g))
     sizes = dict(zip("BHND", SHAPES[name], strict=True))
