@@ -39,6 +39,7 @@ from rcmlib.figures.int8 import (
     outlier_channels,
     shared_scales,
 )
+from rcmlib.figures.limits import bars_in_turn, my_gpu, roofline, who_wins
 from rcmlib.figures.projection import (
     birth_of_a_tile,
     block_times,
@@ -52,6 +53,15 @@ from rcmlib.figures.sage import (
     who_holds_what,
 )
 from rcmlib.figures.skip import copy_ceiling, programs_1d, programs_3d
+from rcmlib.figures.speed import (
+    batches_and_heads,
+    one_sample,
+    samples_in_turn,
+    scaling,
+    speed_rows,
+    speeds_by_length,
+    where_the_speed_is_from,
+)
 from rcmlib.figures.style import PALETTE, new_figure
 from rcmlib.figures.tiles import (
     attention_rates,
@@ -64,6 +74,8 @@ __all__ = [
     "PALETTE",
     "against_cudnn",
     "attention_rates",
+    "bars_in_turn",
+    "batches_and_heads",
     "birth_of_a_tile",
     "block_times",
     "cancellation",
@@ -81,24 +93,31 @@ __all__ = [
     "long_sum",
     "loss_curves",
     "lost_delta",
+    "my_gpu",
     "new_figure",
     "noise_levels",
     "one_over_n",
     "one_ray",
+    "one_sample",
     "outlier_channels",
     "photo_to_tokens",
     "programs_1d",
     "programs_3d",
     "projection_gain",
     "rescaling",
+    "roofline",
     "sage_crossover",
     "sage_speeds",
+    "samples_in_turn",
     "saved_bytes",
+    "scaling",
     "score_memory",
     "seed_times",
     "shared_scales",
     "skip_cost",
     "skip_share",
+    "speed_rows",
+    "speeds_by_length",
     "taking_turns",
     "three_places",
     "tiles_in_flight",
@@ -106,5 +125,7 @@ __all__ = [
     "two_walks",
     "wan_block_places",
     "weight_range",
+    "where_the_speed_is_from",
     "who_holds_what",
+    "who_wins",
 ]

@@ -18,6 +18,9 @@ PALETTE = {
     "triton": "#CC79A7",  # the attention kernel without the skip
     "fused": "#0072B2",
     "sage": "#882255",  # the 8-bit kernel
+    "naive": "#332288",  # the N×N softmax
+    "flex": "#44AA99",  # FlexAttention
+    "sage1": "#117733",  # SageAttention 1.0.6
     "reference": "#000000",
     "neutral": "#9AA0A6",
 }
