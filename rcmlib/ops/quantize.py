@@ -38,9 +38,9 @@ def to_e4m3(x, NATIVE: tl.constexpr):
     A GPU that has the type has an instruction. Triton's interpreter truncates silently, so
     there the same is done on the bits: 4 exponent bits with bias 7, 3 mantissa bits.
 
-    ptxas 12.8 and 12.9 (13.0 does not) pack two conversions that they know to be equal with
-    garbage in the upper half. So kernels that call this do not specialise on lengths: for a
-    length of 1, the padding would be such equal zeros.
+    ptxas 12.8 and 12.9 (13.0 does not) leave garbage in the upper half of a word of two
+    conversions that they can tell to be equal, such as constant zeros. So callers mask by what
+    only the run knows, and do not specialise on lengths.
     """
     if NATIVE:
         return x.to(tl.float8e4nv)
@@ -70,7 +70,7 @@ def load_tile(t, b, h, rows, length, stride_b, stride_h, stride_n,
     return tl.load(tile, mask=inside, other=0.0).to(tl.float32), inside
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
 def int8_kernel(t, mean, out, scales, factor, heads, length, padded, groups,
                 stride_b, stride_h, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_N: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
@@ -103,7 +103,7 @@ def token_at(position):
     return (position & -16) | (half << 3) | (quarter << 1) | one
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length"])  # see `to_e4m3`
 def values_kernel(v, mean, top, out, limit, heads, length, padded,
                   stride_b, stride_h, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_N: tl.constexpr, FP8: tl.constexpr,
@@ -115,10 +115,11 @@ def values_kernel(v, mean, top, out, limit, heads, length, padded,
     positions = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = token_at(positions) if FP8 else positions
     d = tl.arange(0, BLOCK_D)
-    x, inside = load_tile(v, head // heads, head % heads, rows, length,
-                          stride_b, stride_h, stride_n, D, BLOCK_D)  # fmt: skip
-    if mean is not None:
-        x = tl.where(inside, x - tl.load(mean + head * BLOCK_D + d)[None, :], 0.0)
+    x, _ = load_tile(v, head // heads, head % heads, rows, length,
+                     stride_b, stride_h, stride_n, D, BLOCK_D)  # fmt: skip
+    if mean is not None:  # 0 in channels of padding, where x is 0 too
+        x -= tl.load(mean + head * BLOCK_D + d)[None, :]
+        x = tl.where((rows < length)[:, None], x, 0.0)
     x *= tl.div_rn(limit, tl.load(top + head * BLOCK_D + d))[None, :]
     head64 = tl.cast(head, tl.int64)
     if FP8:
@@ -129,7 +130,7 @@ def values_kernel(v, mean, top, out, limit, heads, length, padded,
         tl.store(out + place, x.to(tl.float16))
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
 def columns_kernel(t, sums, highs, lows, heads, length, chunk,
                    stride_b, stride_h, stride_n, D: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
