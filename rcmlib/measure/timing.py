@@ -213,15 +213,24 @@ def attempt(
         return action()
     except Exception as error:
         failed[name] = reason(error)
-    # After the except clause, whose exception holds the failed call's tensors.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _release()  # after the except clause, whose exception holds the failed call's tensors
     return None
 
 
 def _attempt(action, name, failed):
     return action() if failed is None else attempt(action, name, failed)
+
+
+def free() -> None:
+    """Between two cases: forgets what the last one compiled and allocated."""
+    torch.compiler.reset()
+    _release()
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def reason(error: Exception) -> str:

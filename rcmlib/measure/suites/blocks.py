@@ -16,7 +16,7 @@ import rcmlib
 from rcmlib import integrate, modules, reference
 from rcmlib.measure import timing
 from rcmlib.measure.pipelines import eager_skip
-from rcmlib.measure.suites.suite import Suite, case, free, right_ones
+from rcmlib.measure.suites.suite import Suite, case, one_by_one, right_ones
 from rcmlib.wan import WanBlock
 
 PROJECTIONS = {  # (B, N, K, C)
@@ -89,7 +89,7 @@ def projection_case(name: str) -> dict:
     functions |= {label: timing.graph(run) for label, run in steps.items()}
     sizes = dict(zip("BNKC", PROJECTIONS[name], strict=True))
     result = case(name, sizes, timing.compare(functions))
-    free()
+    timing.free()
     return result
 
 
@@ -160,7 +160,7 @@ def module_cases(name: str, baseline: torch.nn.Module) -> list[dict]:
         functions = right_ones(functions, distance(run(exact, x.float())), 0.05, label)
         graphs = {n: timing.graph(f) for n, f in functions.items()}
         cases.append(case(label, SEED, timing.compare(graphs)))
-    free()
+    timing.free()
     return cases
 
 
@@ -203,7 +203,7 @@ def wan_case(name: str) -> dict:
                     continue
                 graphs |= {n: timing.graph(f) for n, f in right.items()}
     result = case(name, {"B": 1, "N": tokens, **WAN}, timing.compare(graphs))
-    free()
+    timing.free()
     return result
 
 
@@ -228,7 +228,7 @@ SUITES = {
         "bf16, random normal inputs, coefficients [B] in float64, gate [B, C]. Steps with "
         "backward are replayed from a CUDA graph. Each checked first, against cuBLAS's "
         "product and a skip in float64, or (gradients) PyTorch in float32.",
-        lambda: [projection_case(name) for name in PROJECTIONS],
+        one_by_one(projection_case, [(name,) for name in PROJECTIONS]),
     ),
     "modules": Suite(
         "The rCM attention layer as a module, with its projections: forward, and forward with "

@@ -11,13 +11,9 @@ from rcmlib.functional import sage_attention
 from rcmlib.functional.sage import PV
 from rcmlib.measure import timing
 from rcmlib.measure.inputs import gaussian, video_like
-from rcmlib.measure.pipelines import (
-    attention_inputs,
-    implementation,
-    sage_one,
-    share_of_bound,
-)
-from rcmlib.measure.suites.suite import INPUTS, Suite, case, free, right_ones
+from rcmlib.measure.peers import installed, measure
+from rcmlib.measure.pipelines import attention_inputs, sage_one
+from rcmlib.measure.suites.suite import INPUTS, Suite, case, one_by_one
 from rcmlib.reference import eight_bit
 
 SHAPES = {  # (B, H, N, D)
@@ -38,6 +34,10 @@ DISTRIBUTIONS = {
     "gaussian": lambda: gaussian(1, 4, 2048, 128),
     "video_like": lambda: video_like(1, 4, (8, 16, 16), 128),
 }
+
+
+WHOLE = ("cudnn", "cudnn_compiled", "fused", "sage")
+KERNELS = (*(f"sage_kernel_{pv}" for pv in PV), "sage_kernel_no_skip")
 
 
 def copies_case(name: str) -> dict:
@@ -70,21 +70,7 @@ def copies_case(name: str) -> dict:
     }
     shape = dict(zip("BHND", SHAPES[name], strict=True)) | {"bytes": 3 * q.numel()}
     result = case(name, shape, timing.compare(functions))
-    free()
-    return result
-
-
-def sage_case(name: str, shape: tuple[int, ...], kernels: bool) -> dict:
-    inputs = attention_inputs(*shape)
-    labels = ["cudnn", "cudnn_compiled", "fused", "sage"]
-    if kernels:
-        labels += [*(f"sage_kernel_{pv}" for pv in PV), "sage_kernel_no_skip"]
-    if importlib.util.find_spec("sageattention"):
-        labels.append("sage1_compiled")
-    functions = {label: implementation(label, inputs) for label in labels}
-    right = right_ones(functions, share_of_bound(inputs), 1.0, name)
-    result = case(name, dict(zip("BHND", shape, strict=True)), timing.compare(right))
-    free()
+    timing.free()
     return result
 
 
@@ -108,6 +94,11 @@ def accuracy_case(name: str) -> dict:
     return {"name": name, **sizes, "errors": errors, "results": {}}
 
 
+def sage_cases(shapes: dict[str, tuple], labels: tuple[str, ...]):
+    cases = [(name, shape, installed(labels)) for name, shape in shapes.items()]
+    return one_by_one(measure, cases)
+
+
 EIGHT_BIT = (
     "Three query rows of each checked against float64 first (8 bits: within 6 %)."
 )
@@ -116,23 +107,23 @@ SUITES = {
         "The 8-bit copies of q, k and v, the column statistics that they need, and a copy "
         "that moves as many bytes.",
         f"{INPUTS} The INT8 copies agree with their references bit for bit.",
-        lambda: [copies_case(name) for name in COPIES],
+        one_by_one(copies_case, [(name,) for name in COPIES]),
     ),
     "sage": Suite(
         "8-bit attention with the skip: the kernel alone (sage_kernel_*), and with its "
         "quantisation (sage); cuDNN, bf16 fused and SageAttention 1.0.6 beside it.",
         f"{INPUTS} {EIGHT_BIT}",
-        lambda: [sage_case(*item, kernels=True) for item in SHAPES.items()],
+        sage_cases(SHAPES, (*WHOLE, *KERNELS, "sage1_compiled")),
     ),
     "sage_crossover": Suite(
         "8 bits with quantisation against bf16, 16 heads and 32768 tokens in all, from many "
         "short sequences to one long one.",
         f"{INPUTS} {EIGHT_BIT}",
-        lambda: [sage_case(*item, kernels=False) for item in CROSSOVER.items()],
+        sage_cases(CROSSOVER, (*WHOLE, "sage1_compiled")),
     ),
     "sage_accuracy": Suite(
         "Errors of 8-bit attention against float64, before the skip.",
         "bf16 inputs: Gaussian, and like a video model's (rcmlib.measure.inputs). No times.",
-        lambda: [accuracy_case(name) for name in DISTRIBUTIONS],
+        one_by_one(accuracy_case, [(name,) for name in DISTRIBUTIONS]),
     ),
 }

@@ -8,14 +8,14 @@ import torch
 import rcmlib
 from rcmlib import reference
 from rcmlib.measure import timing
+from rcmlib.measure.peers import measure
 from rcmlib.measure.pipelines import (
+    BF16,
     attention_inputs,
-    attention_pipelines,
     compile_skip,
     eager_skip,
-    share_of_bound,
 )
-from rcmlib.measure.suites.suite import INPUTS, Suite, case, free, right_ones
+from rcmlib.measure.suites.suite import INPUTS, Suite, case, one_by_one
 
 THREE_ROWS = "Three query rows of each checked against float64 first."
 # name: (B, H, N, D)
@@ -33,14 +33,6 @@ TILES = [
     (64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3),
     (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 4, 2),
 ]  # fmt: skip
-
-
-def attention_case(name: str, shape: tuple[int, ...]) -> dict:
-    inputs = attention_inputs(*shape)
-    right = right_ones(attention_pipelines(*inputs), share_of_bound(inputs), 1.0, name)
-    result = case(name, dict(zip("BHND", shape, strict=True)), timing.compare(right))
-    free()
-    return result
 
 
 def measure_tiles() -> list[dict]:
@@ -100,7 +92,7 @@ def measure_skip() -> list[dict]:
             "bytes": 3 * x.numel() * x.element_size(),
         }
         cases.append(case(f"N{tokens}", shape, timing.compare(functions)))
-        free()
+        timing.free()
     return cases
 
 
@@ -132,7 +124,7 @@ SUITES = {
     "attention": Suite(
         "Attention with the skip: two-pass pipelines and the fused kernel.",
         f"{INPUTS} {THREE_ROWS}",
-        lambda: [attention_case(*item) for item in ATTENTION.items()],
+        one_by_one(measure, [(*item, BF16) for item in ATTENTION.items()]),
     ),
     "tiles": Suite(
         "The fused kernel with several tiles: rows x keys, warps a program, pipeline stages.",
@@ -142,6 +134,6 @@ SUITES = {
     "one_over_n": Suite(
         "The same at 32768 tokens in all (B·N), from many short sequences to one long one.",
         f"{INPUTS} {THREE_ROWS}",
-        lambda: [attention_case(*item) for item in ONE_OVER_N.items()],
+        one_by_one(measure, [(*item, BF16) for item in ONE_OVER_N.items()]),
     ),
 }

@@ -1,12 +1,15 @@
 """What a suite is: the measurements of one record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import NamedTuple
-
-import torch
 
 from rcmlib.measure.timing import Timing
 
+TIMING = (
+    "CUDA events around one call, L2 overwritten before each (256 MiB written), the queue "
+    "kept full; implementations interleaved in rounds of shuffled order; 60 samples, fewer "
+    "(5 at least) where they would take more than a second; median, 10th and 90th percentile."
+)
 INPUTS = (
     "bf16, random normal inputs; q, k, v are views of one packed QKV; "
     "coefficients [B] in float64 (PyTorch's pipelines cast them to bf16, inside the time)."
@@ -14,11 +17,37 @@ INPUTS = (
 
 
 class Suite(NamedTuple):
-    """What one record holds, how it was taken (beside TIMING), and what takes it."""
+    """What one record holds, how it was taken (after `timing`), and what takes it.
+
+    run: the cases, one by one if it is lazy (`one_by_one`). reference: the implementation to
+    which a baseline compares the others.
+    """
 
     what: str
     method: str
-    run: Callable[[], list[dict]]
+    run: Callable[[], Iterable[dict]]
+    timing: str = TIMING
+    reference: str = "cudnn_compiled"
+
+
+class OneByOne(Sized, Iterable):
+    """The cases of a suite, each measured when it is asked for; their number is known."""
+
+    def __init__(self, measure: Callable[..., dict], arguments: Iterable[tuple]):
+        self._measure, self._arguments = measure, list(arguments)
+
+    def __len__(self) -> int:
+        return len(self._arguments)
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self._measure(*arguments) for arguments in self._arguments)
+
+
+def one_by_one(
+    measure: Callable[..., dict], arguments: Iterable[tuple]
+) -> Callable[[], OneByOne]:
+    """A suite's `run`: measure(*arguments) for each of the arguments."""
+    return lambda: OneByOne(measure, arguments)
 
 
 def case(name: str, shape: dict, times: dict[str, Timing]) -> dict:
@@ -42,9 +71,3 @@ def right_ones(
         else:
             print(f"{name}: {label} is wrong (error {wrong_by:.2g}): not timed")
     return right
-
-
-def free() -> None:
-    """Between two cases: what the last one compiled and allocated."""
-    torch.compiler.reset()
-    torch.cuda.empty_cache()

@@ -17,7 +17,13 @@ from rcmlib.measure.pipelines import (
     eager_skip,
     flash,
 )
-from rcmlib.measure.suites.suite import INPUTS, Suite, case, free, right_ones
+from rcmlib.measure.suites.suite import (
+    INPUTS,
+    Suite,
+    case,
+    one_by_one,
+    right_ones,
+)
 
 SHAPES = {  # (B, H, N, D)
     "D64_N2048": (4, 12, 2048, 64),
@@ -97,7 +103,7 @@ def gradients_case(name: str) -> dict:
     times = timing.compare(graphs | parts(inputs, g))
     sizes = dict(zip("BHND", SHAPES[name], strict=True))
     result = case(name, sizes | {"peak_bytes": memory}, times)
-    free()
+    timing.free()
     return result
 
 
@@ -108,6 +114,6 @@ SUITES = {
         f"{INPUTS} Whole steps are replayed from a CUDA graph. Gradients of the first head "
         "checked against float64 first. peak_bytes: the most memory that a step holds, "
         "above its inputs.",
-        lambda: [gradients_case(name) for name in SHAPES],
+        one_by_one(gradients_case, [(name,) for name in SHAPES]),
     )
 }
