@@ -31,6 +31,7 @@ __all__ = [
     "FusedRCMAttention",
     "TransformerBlock",
     "TritonFusedRCMAttention",
+    "benchmark_all_implementations",
     "edm",
     "gated_projection",
     "integrate",
@@ -42,3 +43,12 @@ __all__ = [
     "reference",
     "trigflow",
 ]
+
+
+def __getattr__(name: str):
+    """The benchmark, when it is asked for: it brings torch.compile and a progress bar."""
+    if name == "benchmark_all_implementations":
+        from rcmlib.measure.peers import benchmark_all_implementations
+
+        return benchmark_all_implementations
+    raise AttributeError(f"module 'rcmlib' has no attribute {name!r}")

@@ -59,6 +59,22 @@ def benchmark_all_implementations(
     Forgets what torch.compile has compiled in this process (`torch.compiler.reset`).
     TypeError or ValueError for bad arguments, RuntimeError without a CUDA device.
     """
+    shape = check_sizes(B, N, C, num_heads)
+    if dtype not in DTYPES:
+        names = ", ".join(str(d) for d in DTYPES)
+        raise TypeError(f"dtype must be one of {names}, got {dtype}")
+    labels = check_labels(implementations)
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "implementations are timed on a CUDA device, and there is none here"
+        )
+    case = measure(f"B{B}_N{N}_C{C}_H{num_heads}", shape, labels, dtype, seed)
+    print(table(case))
+    return case
+
+
+def check_sizes(B: int, N: int, C: int, num_heads: int) -> tuple[int, int, int, int]:
+    """The shape (B, H, N, D), or the TypeError or ValueError that says what is wrong."""
     sizes = {"B": B, "N": N, "C": C, "num_heads": num_heads}
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
@@ -72,18 +88,7 @@ def benchmark_all_implementations(
             f"C / num_heads must be from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, "
             f"got {C // num_heads}"
         )
-    if dtype not in DTYPES:
-        names = ", ".join(str(d) for d in DTYPES)
-        raise TypeError(f"dtype must be one of {names}, got {dtype}")
-    labels = check_labels(implementations)
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            "implementations are timed on a CUDA device, and there is none here"
-        )
-    shape = (B, num_heads, N, C // num_heads)
-    case = measure(f"B{B}_N{N}_C{C}_H{num_heads}", shape, labels, dtype, seed)
-    print(table(case))
-    return case
+    return B, num_heads, N, C // num_heads
 
 
 def check_labels(implementations: Iterable[str] | None) -> list[str]:

@@ -63,8 +63,43 @@ def copy_gb_s() -> float:
 
 def bf16_tflop_s() -> float:
     """The measured ceiling of bf16 matrix products: a large torch.matmul on random data."""
-    flop = case("ceilings", "matmul")["flop"]
-    return flop / median_ms("ceilings", "matmul", "matmul") / 1e9
+    return _product_rate("matmul")
+
+
+def fp8_tflop_s() -> float:
+    """The same for FP8 E4M3, summed by the tensor core."""
+    return _product_rate("matmul_fp8")
+
+
+def int8_top_s() -> float:
+    """The same for INT8, in 10¹² operations a second."""
+    return _product_rate("matmul_int8")
+
+
+def _product_rate(name: str) -> float:
+    return case("ceilings", name)["flop"] / median_ms("ceilings", name, "matmul") / 1e9
+
+
+def exp2_top_s() -> float:
+    """The measured ceiling of exp2 in registers, in 10¹² a second."""
+    return case("ceilings", "exp2")["ops"] / median_ms("ceilings", "exp2", "exp2") / 1e9
+
+
+def traffic_mb(case_name: str, label: str, cache: str = "none") -> float:
+    """What one call moves through HBM, in MB (10⁶ bytes): read, and written sooner or later.
+
+    By the hardware's counters (record `traffic`). cache: "none", as the program leaves the
+    caches, or "all", emptied before every kernel; there, what a kernel leaves in L2 is not
+    seen to be written.
+    """
+    found = case("traffic", case_name)["traffic"][label][cache]
+    parts = ("read_bytes", "write_bytes", "left_bytes")
+    return sum(found[part] for part in parts) / 1e6
+
+
+def traffic_share(case_name: str, label: str, of: str) -> float:
+    """The HBM traffic of one implementation over another's, caches as they are."""
+    return traffic_mb(case_name, label) / traffic_mb(case_name, of)
 
 
 def machine(name: str = "attention") -> str:
@@ -77,8 +112,8 @@ def machine(name: str = "attention") -> str:
 
 
 def file_of(name: str, out: Path = FOLDER) -> Path:
-    """Where a record goes: `out` itself if it is a .json file, else NAME.json in it."""
-    return out if out.suffix == ".json" else out / f"{name}.json"
+    """Where a record goes: `out` itself if it names a file, else NAME.json in it."""
+    return out if out.suffix in (".json", ".partial") else out / f"{name}.json"
 
 
 def save(

@@ -1,5 +1,12 @@
 """The suites of `python -m rcmlib.measure.benchmark`, by the name of the record they write."""
 
-from rcmlib.measure.suites import blocks, sage, spine, training
+from rcmlib.measure.suites import blocks, layers, peers, sage, spine, training
 
-SUITES = spine.SUITES | training.SUITES | blocks.SUITES | sage.SUITES
+SUITES = (
+    spine.SUITES
+    | training.SUITES
+    | blocks.SUITES
+    | sage.SUITES
+    | peers.SUITES
+    | layers.SUITES
+)

@@ -229,12 +229,14 @@ SUITES = {
         "backward are replayed from a CUDA graph. Each checked first, against cuBLAS's "
         "product and a skip in float64, or (gradients) PyTorch in float32.",
         one_by_one(projection_case, [(name,) for name in PROJECTIONS]),
+        reference="linear_compiled",
     ),
     "modules": Suite(
         "The rCM attention layer as a module, with its projections: forward, and forward with "
         "backward.",
         "bf16. Replayed from a CUDA graph. Each checked first against PyTorch in float32.",
         measure_modules,
+        reference="baseline_compiled",
     ),
     "blocks": Suite(
         "A Wan 2.1 1.3B block without cross-attention (bf16 weights and autocast, residual "

@@ -108,6 +108,7 @@ SUITES = {
         "that moves as many bytes.",
         f"{INPUTS} The INT8 copies agree with their references bit for bit.",
         one_by_one(copies_case, [(name,) for name in COPIES]),
+        reference="copy",
     ),
     "sage": Suite(
         "8-bit attention with the skip: the kernel alone (sage_kernel_*), and with its "

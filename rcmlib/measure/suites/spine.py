@@ -120,6 +120,7 @@ SUITES = {
         "The skip alone, B=4, C=768: a copy of as many bytes, eager, compiled, Triton.",
         f"{INPUTS} Each skip checked against float64 first.",
         measure_skip,
+        reference="copy",
     ),
     "attention": Suite(
         "Attention with the skip: two-pass pipelines and the fused kernel.",

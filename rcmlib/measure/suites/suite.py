@@ -1,6 +1,7 @@
 """What a suite is: the measurements of one record."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
 from typing import NamedTuple
 
 from rcmlib.measure.timing import Timing
@@ -44,10 +45,10 @@ class OneByOne(Sized, Iterable):
 
 
 def one_by_one(
-    measure: Callable[..., dict], arguments: Iterable[tuple]
+    measure: Callable[..., dict], arguments: Iterable[tuple], **options
 ) -> Callable[[], OneByOne]:
-    """A suite's `run`: measure(*arguments) for each of the arguments."""
-    return lambda: OneByOne(measure, arguments)
+    """A suite's `run`: measure(*arguments, **options) for each of the arguments."""
+    return lambda: OneByOne(partial(measure, **options), arguments)
 
 
 def case(name: str, shape: dict, times: dict[str, Timing]) -> dict:

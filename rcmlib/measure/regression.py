@@ -1,0 +1,83 @@
+"""Has something become slower? A record's ratios against those of an older record.
+
+Times depend on the machine and its clock; how much faster one implementation is than another
+in the same run depends on them little. So ratios are compared, case by case.
+"""
+
+from typing import NamedTuple
+
+from rcmlib.measure.tables import spread_ms
+
+TOLERANCE = 0.05
+WORSE = frozenset({"slower", "fails now"})
+
+
+class Row(NamedTuple):
+    """One implementation of one case: what became of it, and the numbers behind that."""
+
+    case: str
+    label: str
+    verdict: str  # same, faster, slower, fails now, not measured, no reference
+    detail: str = ""
+
+
+def compare(
+    now: list[dict], before: list[dict], reference: str, tolerance: float = TOLERANCE
+) -> list[Row]:
+    """A row for each implementation of the cases in `before`.
+
+    The ratio is the reference's median over the implementation's. It has moved if it changed
+    by more than the tolerance plus the spreads of the four times that it is made of, each half
+    the distance between the 10th and 90th percentiles, relative to the median.
+    """
+    measured = {case["name"]: case for case in now}
+    rows = []
+    for old in before:
+        new = measured.get(old["name"])
+        if new is None:
+            rows.append(Row(old["name"], "", "not measured"))
+        elif reference not in old["results"] or reference not in new["results"]:
+            rows.append(Row(old["name"], reference, "no reference"))
+        else:
+            labels = [label for label in old["results"] if label != reference]
+            rows += [_row(label, new, old, reference, tolerance) for label in labels]
+    return rows
+
+
+def _row(label: str, new: dict, old: dict, reference: str, tolerance: float) -> Row:
+    name = old["name"]
+    if label in new.get("failed", {}):
+        return Row(name, label, "fails now", new["failed"][label])
+    if label not in new["results"]:
+        return Row(name, label, "not measured")
+    (before, wide), (after, also) = (_ratio(c, label, reference) for c in (old, new))
+    change = after / before - 1
+    room = tolerance + wide + also
+    verdict = "same" if abs(change) <= room else "faster" if change > 0 else "slower"
+    detail = f"{before:.3f} -> {after:.3f} of {reference}'s speed, {change:+.1%}"
+    return Row(name, label, verdict, f"{detail} (allowed ±{room:.1%})")
+
+
+def _ratio(case: dict, label: str, reference: str) -> tuple[float, float]:
+    """How many times as fast as the reference, and the relative spread of that."""
+    ours, theirs = (case["results"][name] for name in (label, reference))
+    spread = sum(spread_ms(r) / r["median_ms"] for r in (ours, theirs))
+    return theirs["median_ms"] / ours["median_ms"], spread
+
+
+def report(rows: list[Row]) -> str:
+    """What moved, a line each, and how many did not."""
+    same = sum(row.verdict == "same" for row in rows)
+    lines = [f"{same} of {len(rows)} ratios have not moved"]
+    lines += [
+        f"  {row.verdict}: {row.case} {row.label} {row.detail}".rstrip()
+        for row in rows
+        if row.verdict != "same"
+    ]
+    return "\n".join(lines)
+
+
+def passes(rows: list[Row]) -> bool:
+    """Nothing became slower or fails now, and something was compared."""
+    compared = any(row.verdict in ("same", "faster") for row in rows)
+    return compared and not any(row.verdict in WORSE for row in rows)
