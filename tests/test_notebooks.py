@@ -37,7 +37,7 @@ def name_of(path):
 def record_functions():
     from rcmlib.measure import records
 
-    names = ("record", "median_ms", "ratio", "error")
+    names = ("record", "median_ms", "ratio", "error", "traffic_mb", "traffic_share")
     return {name: getattr(records, name) for name in names}
 
 
