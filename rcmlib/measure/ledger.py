@@ -1,8 +1,13 @@
-"""The byte ledger: what each pass of a pipeline reads and writes, tensor by tensor.
+"""The byte ledger: what each pass of an implementation reads and writes, tensor by tensor.
 
-A model, with caches ignored: every tensor that a kernel touches crosses HBM once. Chapter 2
-derives the counts, and compares them with what the hardware does. All tensors of the attention
-layer have the same size, batch × tokens × channels × itemsize bytes.
+    passes = pipeline("flash_eager", 4, 12, 2048, 64)
+    total(passes)             # bytes, caches ignored: every tensor a pass touches crosses HBM
+    hbm(passes, 50 * 2**20)   # bytes, when an L2 cache of 50 MiB keeps what it can
+
+Left out, at most a thirty-second of a tensor each: what has one number a row or fewer (scales,
+means, log-sum-exps, coefficients), and padding. Within one attention kernel k and v are read
+by every tile of queries; the ledger takes it that those repeats find them in L2. Chapter 2
+derives the counts, and chapter 12 holds them against the hardware's counters.
 """
 
 from typing import NamedTuple
@@ -19,9 +24,25 @@ class Pass(NamedTuple):
     def bytes(self) -> int:
         return sum(self.reads.values()) + sum(self.writes.values())
 
+    @property
+    def touched(self) -> dict[str, int]:
+        """Every tensor once, with its bytes."""
+        return self.reads | self.writes
+
+
+class Traffic(NamedTuple):
+    """Bytes that cross HBM."""
+
+    read: float
+    written: float
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
 
 def total(passes: list[Pass]) -> int:
-    """Bytes that a pipeline moves."""
+    """Bytes that a pipeline moves, caches ignored."""
     return sum(p.bytes for p in passes)
 
 
@@ -30,77 +51,163 @@ def tensors(passes: list[Pass]) -> int:
     return sum(len(p.reads) + len(p.writes) for p in passes)
 
 
+# ---- an L2 cache ----
+
+
+def hbm(passes: list[Pass], l2_bytes: float = 0) -> Traffic:
+    """What crosses HBM when the last `l2_bytes` bytes touched are still in the L2 cache.
+
+    The assumptions: a pass streams through its tensors side by side, from front to back. The
+    cache forgets what was touched longest ago, and is empty at the start. What is written
+    reaches HBM once. So l2_bytes = 0 gives `total`, and an infinite one reads each input once
+    and never what the pipeline wrote itself.
+    """
+    read, last = 0.0, {}
+    for i, step in enumerate(passes):
+        for name, size in step.reads.items():
+            found = _found(passes[last[name] : i + 1], l2_bytes) if name in last else 0
+            read += size * (1 - found)
+        last |= dict.fromkeys(step.touched, i)
+    return Traffic(read, sum(sum(p.writes.values()) for p in passes))
+
+
+def _found(passes: list[Pass], l2_bytes: float) -> float:
+    """The share of a tensor that the last pass finds in L2, touched before in the first.
+
+    The part at depth t (0: front, 1: end) comes back after the rest of the first pass, all of
+    those between and the part t of the last one. In between as many different bytes were
+    touched as `front` says for t = 0 and `end` for t = 1, and proportionally for the others.
+    """
+    first, *between, last = (p.touched for p in passes)
+    middle = {name: size for touched in between for name, size in touched.items()}
+    front, end = (sum((middle | touched).values()) for touched in (first, last))
+    low, high = sorted((front, end))
+    if l2_bytes >= high:
+        return 1.0
+    return max(0.0, (l2_bytes - low) / (high - low)) if high > low else 0.0
+
+
+# ---- the implementations of `rcmlib.measure.pipelines`, by label: (pass, reads, writes) ----
+
+ATTENTION = ("attention", "q k v", "F")
+# As PyTorch runs c_skip·x + c_out·F: two products and a sum.
+EAGER = (("c_skip·x", "x", "a"), ("c_out·F", "F", "b"), ("a + b", "a b", "out"))
+SKIP = ("skip", "x F", "out")  # torch.compile's, or `rcmlib.rcm_skip`
+FUSED = ("attention + skip", "q k v x", "out")
+FUSED_8 = ("8-bit attention + skip", "q8 k8 v8 x", "out")
+# q, k and v are views of a packed QKV, of which torch.matmul makes contiguous copies.
+# S, scaled and P are the N×N matrices, in q's dtype.
+NAIVE = (
+    ("copy q", "q", "q2"),
+    ("copy k", "k", "k2"),
+    ("q kᵀ", "q2 k2", "S"),
+    ("scale", "S", "scaled"),
+    ("softmax", "scaled", "P"),
+    ("copy v", "v", "v2"),
+    ("P v", "P v2", "F2"),
+    ("merge heads", "F2", "F"),
+)
+QUANTISE = (
+    ("mean of k", "k", ""),
+    ("q to INT8", "q", "q8"),
+    ("k to INT8", "k", "k8"),
+    ("mean and range of v", "v", ""),
+    ("v to FP8", "v", "v8"),
+)
+# SageAttention 1.0.6: k loses its mean in place, v becomes float16.
+SAGE1 = (
+    ("mean of k", "k", ""),
+    ("k - mean", "k", "k"),
+    ("v to float16", "v", "v16"),
+    ("q to INT8", "q", "q8"),
+    ("k to INT8", "k", "k8"),
+    ("8-bit attention", "q8 k8 v16", "F"),
+)
+PIPELINES = {
+    "copy": (("copy", "x", "out"),),
+    "naive": (*NAIVE, *EAGER),
+    **dict.fromkeys(("flash", "cudnn", "triton"), (ATTENTION,)),
+    **dict.fromkeys(("flash_eager", "cudnn_eager"), (ATTENTION, *EAGER)),
+    **dict.fromkeys(
+        ("flash_compiled", "cudnn_compiled", "flex_compiled", "triton_skip"),
+        (ATTENTION, SKIP),
+    ),
+    "fused": (FUSED,),
+    "sage": (*QUANTISE, FUSED_8),
+    "sage_kernel_fp8": (FUSED_8,),
+    "sage1_compiled": (*SAGE1, SKIP),
+}
+
+
+def pipeline(
+    label: str, batch: int, heads: int, tokens: int, dim: int, itemsize: int = 2
+) -> list[Pass]:
+    """The passes of one implementation. KeyError for a label that has no ledger.
+
+    itemsize: bytes of a number in q, k, v, x and out. Also "copy", which reads x and writes
+    it elsewhere: its bytes are known, so it checks the instrument.
+    """
+    numbers = batch * heads * tokens * dim
+    other = dict.fromkeys(("q8", "k8", "v8"), numbers)
+    other |= dict.fromkeys(
+        ("S", "scaled", "P"), batch * heads * tokens * tokens * itemsize
+    )
+    return _passes(numbers * itemsize, *PIPELINES[label], other=other)
+
+
+# ---- the layer's counts, in tensors of one size: batch × tokens × channels × itemsize ----
+
+
 def two_pass_eager(
     batch: int, tokens: int, channels: int, itemsize: int = 2
 ) -> list[Pass]:
     """Attention, then c_skip·x + c_out·F as PyTorch runs it: two products and a sum."""
-    return _passes(
-        batch * tokens * channels * itemsize,
-        ("attention", "q k v", "F"),
-        ("c_skip·x", "x", "a"),
-        ("c_out·F", "F", "b"),
-        ("a + b", "a b", "out"),
-    )
+    return _passes(batch * tokens * channels * itemsize, ATTENTION, *EAGER)
 
 
 def two_pass_compiled(
     batch: int, tokens: int, channels: int, itemsize: int = 2
 ) -> list[Pass]:
     """Attention, then the skip as one kernel (torch.compile's, or `rcmlib.rcm_skip`)."""
-    return _passes(
-        batch * tokens * channels * itemsize,
-        ("attention", "q k v", "F"),
-        ("skip", "x F", "out"),
-    )
+    return _passes(batch * tokens * channels * itemsize, ATTENTION, SKIP)
 
 
 def fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
     """One kernel: F never leaves the chip."""
-    return _passes(
-        batch * tokens * channels * itemsize, ("attention + skip", "q k v x", "out")
-    )
+    return _passes(batch * tokens * channels * itemsize, FUSED)
+
+
+PROJECTION = ("QKV projection", "x", "q k v")
 
 
 def published_two_pass(
     batch: int, tokens: int, channels: int, itemsize: int = 2
 ) -> list[Pass]:
     """The 11 of the published 11 → 8 count: it includes the QKV projection."""
-    return _passes(
-        batch * tokens * channels * itemsize,
-        ("QKV projection", "x", "q k v"),
-        ("attention", "q k v", "F"),
-        ("skip", "x F", "out"),
-    )
+    return _passes(batch * tokens * channels * itemsize, PROJECTION, ATTENTION, SKIP)
 
 
 def published_fused(
     batch: int, tokens: int, channels: int, itemsize: int = 2
 ) -> list[Pass]:
     """The 8 of that count: it takes x to be free in the fused pass."""
-    return _passes(
-        batch * tokens * channels * itemsize,
-        ("QKV projection", "x", "q k v"),
-        ("attention + skip", "q k v", "out"),
-    )
+    free_x = ("attention + skip", "q k v", "out")
+    return _passes(batch * tokens * channels * itemsize, PROJECTION, free_x)
 
 
 def honest_fused(
     batch: int, tokens: int, channels: int, itemsize: int = 2
 ) -> list[Pass]:
     """The same pipeline with x read again where it is used: 9."""
-    return _passes(
-        batch * tokens * channels * itemsize,
-        ("QKV projection", "x", "q k v"),
-        ("attention + skip", "q k v x", "out"),
-    )
+    return _passes(batch * tokens * channels * itemsize, PROJECTION, FUSED)
 
 
-def _passes(size: int, *rows: tuple[str, str, str]) -> list[Pass]:
-    return [
-        Pass(
-            name,
-            dict.fromkeys(reads.split(), size),
-            dict.fromkeys(writes.split(), size),
-        )
-        for name, reads, writes in rows
-    ]
+def _passes(
+    size: int, *rows: tuple[str, str, str], other: dict[str, int] | None = None
+) -> list[Pass]:
+    """Every tensor has `size` bytes, but for those named in `other`."""
+
+    def sized(names: str) -> dict[str, int]:
+        return {name: (other or {}).get(name, size) for name in names.split()}
+
+    return [Pass(name, sized(reads), sized(writes)) for name, reads, writes in rows]
