@@ -242,8 +242,17 @@ def _sage(job: Job):
     return kernel, types, constants, tile_options(tile) | {"maxnreg": tile.maxnreg}
 
 
+def _exp2(job: Job):
+    from rcmlib.measure.kernels import exp2_kernel
+    from rcmlib.measure.suites.ceilings import CHAINS, UNROLL
+
+    types = {"out": "*fp32", "steps": "i32"}
+    return exp2_kernel, types, {"BLOCK": CHAINS, "UNROLL": UNROLL}, {"num_warps": 4}
+
+
 KERNELS = {
     "attention": _attention,
+    "exp2": _exp2,
     "sage_attention": _sage,
     "dkdv": _attention,
     "dq": _attention,

@@ -1,9 +1,10 @@
 """The suites of `python -m rcmlib.measure.benchmark`, by the name of the record they write."""
 
-from rcmlib.measure.suites import blocks, layers, peers, sage, spine, training
+from rcmlib.measure.suites import blocks, ceilings, layers, peers, sage, spine, training
 
 SUITES = (
-    spine.SUITES
+    ceilings.SUITES
+    | spine.SUITES
     | training.SUITES
     | blocks.SUITES
     | sage.SUITES

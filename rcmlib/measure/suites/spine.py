@@ -1,4 +1,4 @@
-"""Chapters 2 to 6: the machine's ceilings, the skip, attention with it, the choice of tiles."""
+"""Chapters 2 to 6: the skip, attention with it, the choice of tiles, the 1/N law."""
 
 from functools import partial
 from unittest import mock
@@ -96,26 +96,7 @@ def measure_skip() -> list[dict]:
     return cases
 
 
-def measure_ceilings() -> list[dict]:
-    source = torch.randint(-99, 99, (1 << 30,), dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    size = 8192
-    a, b = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
-    copy = timing.compare({"copy": lambda: target.copy_(source)})
-    matmul = timing.compare({"matmul": lambda: a @ b})
-    return [
-        case("copy", {"bytes": 2 * source.numel()}, copy),
-        case("matmul", {"M": size, "N": size, "K": size, "flop": 2 * size**3}, matmul),
-    ]
-
-
 SUITES = {
-    "ceilings": Suite(
-        "The machine's ceilings: a 1 GiB device-to-device copy (bytes read and written) and "
-        "an 8192³ bf16 matrix product on random data.",
-        "PyTorch's own copy_ and matmul, not checked.",
-        measure_ceilings,
-    ),
     "skip": Suite(
         "The skip alone, B=4, C=768: a copy of as many bytes, eager, compiled, Triton.",
         f"{INPUTS} Each skip checked against float64 first.",
