@@ -26,8 +26,8 @@ def test_eight_bits_split_the_flop_between_int8_and_fp8():
     assert roofline.work("sage", *SEED).matrix_flop == {"int8": half, "fp8": half}
 
 
-def test_a_copy_multiplies_nothing():
-    work = roofline.work("copy", *SEED)
+def test_a_negation_multiplies_nothing():
+    work = roofline.work("negate", *SEED)
     assert work.matrix_flop == {} and work.exp2 == 0
     assert roofline.binding(work, MADE_UP) == "HBM"
 

@@ -22,7 +22,7 @@ SCORES = 4 * 12 * 2048 * 2048 * 2
 @pytest.mark.parametrize(
     ("label", "size"),
     [
-        ("copy", 2),
+        ("negate", 2),
         ("flash", 4),
         ("cudnn", 4),
         ("triton", 4),
@@ -50,8 +50,8 @@ def test_the_naive_one_moves_the_score_matrix_six_times():
     assert ledger.total(passes) == 6 * SCORES + 19 * TENSOR
 
 
-def test_every_label_of_the_ledger_but_copy_is_an_implementation():
-    assert ledger.PIPELINES.keys() - IMPLEMENTATIONS.keys() == {"copy"}
+def test_every_label_of_the_ledger_but_negate_is_an_implementation():
+    assert ledger.PIPELINES.keys() - IMPLEMENTATIONS.keys() == {"negate"}
 
 
 def test_no_pass_reads_what_nobody_wrote():
@@ -239,10 +239,10 @@ def test_the_fused_pass_at_the_large_shape_keeps_its_promises():
 
 
 @stored
-def test_the_counters_agree_with_the_bytes_of_a_copy():
+def test_the_counters_agree_with_the_bytes_of_one_simple_kernel():
     for case in records.record("traffic")["cases"]:
-        counted = records.traffic_mb(case["name"], "copy")
-        assert counted == pytest.approx(traffic.predicted_mb(case, "copy"), rel=0.03)
+        counted = records.traffic_mb(case["name"], "negate")
+        assert counted == pytest.approx(traffic.predicted_mb(case, "negate"), rel=0.03)
 
 
 @stored

@@ -124,7 +124,7 @@ SAGE1 = (
     ("8-bit attention", "q8 k8 v16", "F"),
 )
 PIPELINES = {
-    "copy": (("copy", "x", "out"),),
+    "negate": (("negate", "x", "out"),),
     "naive": (*NAIVE, *EAGER),
     **dict.fromkeys(("flash", "cudnn", "triton"), (ATTENTION,)),
     **dict.fromkeys(("flash_eager", "cudnn_eager"), (ATTENTION, *EAGER)),
@@ -144,8 +144,8 @@ def pipeline(
 ) -> list[Pass]:
     """The passes of one implementation. KeyError for a label that has no ledger.
 
-    itemsize: bytes of a number in q, k, v, x and out. Also "copy", which reads x and writes
-    it elsewhere: its bytes are known, so it checks the instrument.
+    itemsize: bytes of a number in q, k, v, x and out. Also "negate", which reads x and writes
+    -x: its bytes are known, so it checks the instrument.
     """
     numbers = batch * heads * tokens * dim
     other = dict.fromkeys(("q8", "k8", "v8"), numbers)

@@ -18,7 +18,7 @@ from rcmlib.measure import ledger, records
 KEYS = 128
 # The data types of q kᵀ and of p v.
 PRODUCTS = {
-    "copy": (),
+    "negate": (),
     "sage": ("int8", "fp8"),
     "sage_kernel_fp8": ("int8", "fp8"),
     "sage1_compiled": ("int8", "bf16"),  # float16, which has bf16's rate

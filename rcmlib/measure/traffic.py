@@ -46,7 +46,7 @@ WHAT = (
     "a sector), kernel by kernel, for one call of each implementation."
 )
 METHOD = (
-    "Nsight Compute, --clock-control none; cache-control none (caches as the program leaves "
+    "--clock-control none; cache-control none (caches as the program leaves "
     "them) and all (emptied before every kernel). bf16, q, k, v views of one packed QKV. "
     "Compiled and warmed up before. L2 filled with other data before each call by reading "
     "256 MiB, and again after it: left_bytes is what L2 then still had to write. passes: how "
@@ -59,7 +59,7 @@ class ProfilerError(RuntimeError):
 
 
 def labels(shape: str) -> list[str]:
-    """The implementations profiled at a shape, "copy" first: its bytes are known."""
+    """The implementations profiled at a shape, "negate" first: its bytes are known."""
     found = [label for label in ledger.PIPELINES if label != "naive"]
     return [*found, "naive"] if shape == "seed" else found
 
@@ -76,6 +76,12 @@ def find_ncu() -> str:
             "put its folder on the PATH"
         )
     return ncu
+
+
+def version() -> str:
+    """What `ncu --version` says last."""
+    done = subprocess.run([find_ncu(), "--version"], capture_output=True, text=True)
+    return done.stdout.strip().split("\n")[-1]
 
 
 def command(ncu: str, cache: str, log: Path, shapes: list[str]) -> list[str]:
@@ -146,7 +152,7 @@ def parse(log: str) -> list[dict]:
             continue
         name, unit, factor = names[row["Metric Name"]]
         value = row["Metric Value"].replace(",", "")
-        if row["Metric Unit"] != unit or not re.fullmatch(r"[\d.]+", value):
+        if row["Metric Unit"].rstrip("s") != unit or not re.fullmatch(r"[\d.]+", value):
             raise ProfilerError(
                 f"{row['Metric Name']} came as {value!r} {row['Metric Unit']!r}, "
                 f"not as a number of {unit}s"
@@ -248,7 +254,9 @@ def main() -> None:
         cases = measure(options.shapes)
     except ProfilerError as reason:
         sys.exit(str(reason))
-    records.save("traffic", WHAT, METHOD, cases, options.out)
+    records.save(
+        "traffic", WHAT, f"{METHOD} Nsight Compute {version()}.", cases, options.out
+    )
     print(table(cases))
     if max(most for case in cases for most in case["passes"].values()) > 1:
         print(
