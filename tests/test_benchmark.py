@@ -1,0 +1,479 @@
+"""The benchmark around its clock: what it runs, refuses, prints, keeps and compares.
+
+Without a GPU the clock is a fake; the machinery is the real one.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rcmlib
+from rcmlib.measure import (
+    benchmark,
+    peers,
+    pipelines,
+    records,
+    regression,
+    tables,
+    timing,
+)
+from rcmlib.measure.suites import SUITES
+from rcmlib.measure.suites.suite import Suite, one_by_one
+
+NO_GPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="what happens without a GPU"
+)
+
+
+def result(median, half_spread=0.0):
+    return {
+        "median_ms": median,
+        "p10_ms": median - half_spread,
+        "p90_ms": median + half_spread,
+        "samples": 5,
+        "all_ms": [median] * 5,
+    }
+
+
+def case(name="N1024", failed=None, **medians):
+    results = {label: result(median) for label, median in medians.items()}
+    return {"name": name, "B": 4, "N": 1024, "failed": failed or {}, "results": results}
+
+
+# ---- how many samples, and which ----
+
+
+@pytest.mark.parametrize(
+    ("call_ms", "count"), [(0.01, 60), (15, 60), (48.9, 20), (99, 9), (400, 5)]
+)
+def test_samples_fit_a_second_between_5_and_60(call_ms, count):
+    assert timing.sample_count(call_ms, 60) == count
+    overhead = timing.OVERHEAD_MS * count
+    assert count == 5 or count * call_ms + overhead <= timing.BUDGET_MS
+
+
+def test_a_caller_who_asks_for_few_samples_gets_no_more():
+    assert timing.sample_count(0.01, 10) == 10
+    assert timing.sample_count(500.0, 3) == 3
+
+
+def test_samples_are_spread_over_the_rounds():
+    assert timing._spread_over(6, 8) == [2, 2, 1, 1, 1, 1]
+    assert timing._spread_over(6, 5) == [1, 1, 1, 1, 1, 0]
+
+
+def test_a_summary_keeps_every_sample_and_stays_between_them():
+    times = [1.0, 1.0, 1.000004, 1.2, 9.0]
+    summary = timing.summary(times)
+    assert summary.all_ms == [1.0, 1.0, 1.0, 1.2, 9.0] and summary.samples == 5
+    assert 1.0 <= summary.p10_ms <= summary.median_ms <= summary.p90_ms <= 9.0
+
+
+class FakeClock:
+    """Calls a function and says that it took what its result says."""
+
+    def samples(self, fn, repeats):
+        return [float(fn()) for _ in range(repeats)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(timing, "Clock", FakeClock)
+    monkeypatch.setattr(timing, "peak_bytes", lambda fn: 1_000_000)
+
+
+def test_functions_are_timed_in_turn_and_slow_ones_less_often(clock):
+    order = []
+
+    def function(name, ms):
+        return lambda: order.append(name) or ms
+
+    times = timing.compare({"fast": function("fast", 1), "slow": function("slow", 400)})
+    assert (times["fast"].samples, times["slow"].samples) == (60, 5)
+    assert times["slow"].median_ms == 400
+    assert order.index("slow", 10) < len(order) - order[::-1].index("fast") - 1
+
+
+def test_a_function_that_fails_while_it_is_timed_lets_the_others_go_on(clock):
+    calls = iter(range(100))
+
+    def tired():
+        if next(calls) > 20:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 412.00 GiB. GPU 0 has …"
+            )
+        return 1.0
+
+    failed = {}
+    times = timing.compare({"tired": tired, "fresh": lambda: 2.0}, failed=failed)
+    assert list(times) == ["fresh"] and times["fresh"].samples == 60
+    assert failed == {"tired": "out of memory: tried to allocate 412.00 GiB"}
+    with pytest.raises(StopIteration):  # without `failed`, the error itself
+        timing.compare({"broken": lambda: next(iter(()))})
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("no room"), "out of memory"),
+        (
+            RuntimeError("No available kernel. Aborting execution."),
+            "No available kernel",
+        ),
+        (ValueError("D must be 64\nat line 3"), "D must be 64"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_failure_has_one_short_sentence(error, sentence):
+    assert timing.reason(error) == sentence
+
+
+# ---- one case ----
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch, clock):
+    """peers.measure on CPU inputs, with these implementations."""
+
+    def inputs(batch, heads, tokens, dim, dtype, seed):
+        random = torch.Generator().manual_seed(seed)
+        q, k, v = torch.randn(3, batch, heads, tokens, dim, generator=random).to(dtype)
+        x = torch.randn(batch, tokens, heads * dim, generator=random).to(dtype)
+        c = rcmlib.edm(torch.rand(batch, generator=random))
+        return pipelines.Inputs(q, k, v, x, c.c_skip, c.c_out)
+
+    def implementation(label, inputs):
+        if label == "flash":
+            raise RuntimeError("flash is not supported here. Sorry.")
+        if label == "cudnn":
+            raise torch.OutOfMemoryError("Tried to allocate 7.00 GiB")
+        run = pipelines.implementation(label, inputs)
+        return (lambda: run() * 1.5) if label == "fused_pytorch" else run
+
+    monkeypatch.setattr(peers, "attention_inputs", inputs)
+    monkeypatch.setattr(peers, "implementation", implementation)
+    monkeypatch.setattr(FakeClock, "samples", lambda self, fn, n: [fn() is None] * n)
+
+
+def test_what_is_wrong_or_fails_is_named_with_its_reason_and_the_rest_is_timed(
+    on_the_cpu,
+):
+    labels = ["naive", "flash", "cudnn", "fused_pytorch", "fused"]
+    found = peers.measure("small", (2, 2, 64, 32), labels)
+    assert list(found["results"]) == ["naive", "fused"]
+    assert found["failed"]["flash"] == "flash is not supported here"
+    assert found["failed"]["cudnn"] == "out of memory: tried to allocate 7.00 GiB"
+    assert found["failed"]["fused_pytorch"].startswith("wrong: relative error 0.")
+    assert found["errors"]["fused"]["relative_l2"] < 0.01
+    assert found["peak_bytes"] == {"naive": 1_000_000, "fused": 1_000_000}
+    assert (found["B"], found["H"], found["N"], found["D"]) == (2, 2, 64, 32)
+    assert found["flop"] == 4 * 2 * 2 * 64**2 * 32 and found["seed"] == 0
+    assert json.loads(records.as_text(found)) == found
+
+
+def test_where_not_even_the_inputs_fit_everything_has_failed(monkeypatch):
+    def inputs(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 99.00 GiB")
+
+    monkeypatch.setattr(peers, "attention_inputs", inputs)
+    found = peers.measure("huge", (1, 1, 1, 16), ["naive", "fused"])
+    assert found["results"] == {} and list(found["failed"]) == ["naive", "fused"]
+    assert "99.00 GiB" in found["failed"]["fused"]
+    assert "not timed: inputs: out of memory" in tables.table(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((1, 64, 100, 3), {}, ValueError, "C must be a multiple of num_heads, got 100"),
+        ((1, 64, 32, 4), {}, ValueError, "from 16 to 256, got 8"),
+        ((1, 64, 514, 2), {}, ValueError, "from 16 to 256, got 257"),
+        ((0, 64, 64, 1), {}, ValueError, "B must be at least 1, got 0"),
+        ((1, 64.0, 64, 1), {}, TypeError, "N must be an int, got float"),
+        ((1, 64, 64, True), {}, TypeError, "num_heads must be an int, got bool"),
+        ((1, 64, 64, 1), {"dtype": torch.int8}, TypeError, "dtype must be one of"),
+        (
+            (1, 64, 64, 1),
+            {"implementations": ["fused", "fast"]},
+            ValueError,
+            "; got fast",
+        ),
+        ((1, 64, 64, 1), {"implementations": "fused"}, TypeError, "a list of labels"),
+        ((1, 64, 64, 1), {"implementations": []}, ValueError, "at least one"),
+    ],
+)
+def test_bad_input_is_named(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        rcmlib.benchmark_all_implementations(*arguments, **options)
+
+
+@NO_GPU
+def test_without_a_gpu_the_function_says_so():
+    with pytest.raises(RuntimeError, match="a CUDA device, and there is none here"):
+        rcmlib.benchmark_all_implementations(1, 64, 64, 1)
+    for measure in (timing.launch_us, timing.launch):
+        with pytest.raises(RuntimeError, match="a CUDA device"):
+            measure(lambda: None)
+
+
+def test_importing_rcmlib_brings_neither_triton_nor_the_benchmark():
+    code = (
+        "import sys, rcmlib; print('triton' in sys.modules, 'rcmlib.measure' in "
+        "sys.modules); rcmlib.benchmark_all_implementations; print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"] * 3, done.stderr
+
+
+# ---- what is printed ----
+
+
+def test_the_table_compares_with_the_faster_two_pass():
+    shown = tables.table(
+        case(flash_compiled=2.0, cudnn_compiled=1.0, fused=0.8, failed={"naive": "no"})
+    )
+    lines = shown.split("\n")
+    assert lines[0] == "N1024: B=4 N=1024"
+    assert lines[1].split() == ["median", "ms", "±", "ms", "×", "two-pass"]
+    assert lines[2].split() == ["flash_compiled", "2.0000", "0.0000", "0.50"]
+    assert lines[4].split() == ["fused", "0.8000", "0.0000", "1.25"]
+    assert lines[5].split() == ["naive", "not", "timed:", "no"]
+
+
+def test_the_table_shows_rates_and_memory_where_they_are_known():
+    one = case(fused=2.0) | {"flop": 4e12, "peak_bytes": {"fused": 12_500_000}}
+    lines = tables.table(one).split("\n")
+    assert lines[1].split()[4:] == ["TFLOP/s", "peak", "MB"]
+    assert lines[2].split() == ["fused", "2.0000", "0.0000", "2000", "12.5"]
+
+
+def test_every_stored_record_can_be_shown():
+    for name in records.names():
+        for one in records.record(name)["cases"]:
+            assert one["name"] in tables.table(one)
+
+
+# ---- against a baseline ----
+
+
+def verdicts(now, before, **options):
+    rows = regression.compare(now, before, "cudnn_compiled", **options)
+    return {row.label: row.verdict for row in rows}, rows
+
+
+def test_ratios_move_only_beyond_tolerance_and_spreads():
+    before = [case(cudnn_compiled=1.0, a=1.0, b=1.0, c=1.0)]
+    # The machine is half as fast, which changes no ratio; b and c have moved.
+    now = [case(cudnn_compiled=2.0, a=2.08, b=2.2, c=1.8)]
+    found, rows = verdicts(now, before)
+    assert found == {"a": "same", "b": "slower", "c": "faster"}
+    assert not regression.passes(rows)
+    assert "slower: N1024 b 1.000 -> 0.909 of cudnn_compiled's speed, -9.1%" in (
+        regression.report(rows)
+    )
+    noisy = [case(cudnn_compiled=2.0, b=2.2)]
+    noisy[0]["results"]["b"] = result(2.2, half_spread=0.2)
+    found, rows = verdicts(noisy, [case(cudnn_compiled=1.0, b=1.0)])
+    assert found == {"b": "same"} and regression.passes(rows)
+
+
+def test_what_is_missing_is_named_and_what_fails_now_is_a_loss():
+    before = [
+        case(cudnn_compiled=1.0, a=1.0, b=1.0, c=1.0),
+        case("gone", cudnn_compiled=1.0),
+    ]
+    now = [case(cudnn_compiled=1.0, a=1.0, failed={"b": "out of memory"})]
+    found, rows = verdicts(now, before)
+    assert found == {
+        "a": "same",
+        "b": "fails now",
+        "c": "not measured",
+        "": "not measured",
+    }
+    assert not regression.passes(rows)
+    rows = [row for row in rows if row.label != "b"]
+    assert regression.passes(rows)
+
+
+def test_a_check_that_compares_nothing_does_not_pass():
+    found, rows = verdicts([case(a=1.0)], [case(a=1.0)])
+    assert found == {"cudnn_compiled": "no reference"}
+    assert not regression.passes(rows)
+    assert not regression.passes([])
+
+
+def test_a_stored_record_has_not_moved_against_itself():
+    cases = records.record("attention")["cases"]
+    assert regression.passes(regression.compare(cases, cases, "cudnn_compiled"))
+
+
+# ---- the command ----
+
+
+def options(**given):
+    defaults = {"out": None, "baselines": {}, "reference": None, "tolerance": 0.05}
+    return argparse.Namespace(**defaults | given)
+
+
+@pytest.fixture
+def a_machine(monkeypatch):
+    monkeypatch.setattr(records, "provenance", lambda: {"device": "a GPU"})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+
+def suite_of(*cases):
+    def measure(one):
+        if isinstance(one, BaseException):
+            raise one
+        return one
+
+    return Suite("what", "how.", one_by_one(measure, [(one,) for one in cases]))
+
+
+def test_ctrl_c_keeps_the_cases_that_are_done(a_machine, tmp_path, capsys):
+    (tmp_path / "test.json").write_text("the record before")
+    interrupted = suite_of(case("one", fused=1.0), KeyboardInterrupt(), case("three"))
+    status = benchmark.run_suite("test", interrupted, options(out=tmp_path), None)
+    assert status == 130
+    assert "interrupted after 1 case(s); stored: " in capsys.readouterr().out
+    kept = json.loads((tmp_path / "test.json.partial").read_text())
+    assert [one["name"] for one in kept["cases"]] == ["one"]
+    assert (tmp_path / "test.json").read_text() == "the record before"
+
+
+def test_an_error_in_a_case_keeps_the_others_too(a_machine, tmp_path):
+    broken = suite_of(case("one", fused=1.0), RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        benchmark.run_suite("test", broken, options(out=tmp_path), None)
+    assert (tmp_path / "test.json.partial").exists()
+
+
+def test_a_suite_is_stored_and_compared(a_machine, tmp_path, capsys):
+    before = {
+        "provenance": {"device": "another GPU"},
+        "cases": [case(cudnn_compiled=1.0, fused=1.0)],
+    }
+    for median, status in ((1.0, 0), (1.3, 1)):
+        suite = suite_of(case(cudnn_compiled=1.0, fused=median))
+        out = tmp_path / "mine.json"
+        assert benchmark.run_suite("test", suite, options(out=out), before) == status
+        stored = json.loads(out.read_text())
+        assert stored["name"] == "test" and stored["method"].endswith(" how.")
+        assert stored["cases"][0]["results"]["fused"]["all_ms"] == [median] * 5
+    shown = capsys.readouterr().out
+    assert "another GPU" in shown and "slower: N1024 fused" in shown
+
+
+def test_lists_of_numbers_take_one_line_of_a_record():
+    content = {"a": [1.5, 2, -3e-05], "b": ["x"], "c": [], "d": {"e": [[1], [2]]}}
+    text = records.as_text(content)
+    assert '"a": [1.5,2,-3e-05]' in text and json.loads(text) == content
+
+
+def command(*arguments):
+    parts = [sys.executable, "-m", "rcmlib.measure.benchmark", *arguments]
+    return subprocess.run(parts, capture_output=True, text=True)
+
+
+@NO_GPU
+def test_without_a_gpu_the_stored_record_is_shown():
+    done = command("--suite", "attention")
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith("There is no CUDA device here, so nothing can be")
+    assert "NVIDIA H100" in done.stdout and "cudnn_compiled" in done.stdout
+
+
+@NO_GPU
+def test_without_a_gpu_there_is_nothing_to_check():
+    done = command("--suite", "attention", "--baseline")
+    assert done.returncode == 1 and "a baseline needs one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "nope"], "invalid choice: 'nope'"),
+        (["--shape", "1,2,3"], "--shape must be four numbers B,N,C,HEADS, got '1,2,3'"),
+        (["--shape", "1,64,100,3"], "C must be a multiple of num_heads"),
+        (["--shape", "1,64,64,1", "--suite", "seed"], "not both"),
+        (["--suite", "seed", "wan", "--out", "x.json"], "x.json is one record"),
+        (["--suite", "seed", "--baseline", "nope"], "no record 'nope'; there are:"),
+        (["--suite", "seed", "--baseline", "nope.json"], "No such file"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(
+    arguments, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_every_suite_is_named_in_the_help():
+    for name in SUITES:
+        assert name in benchmark.__doc__, name
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+def test_every_implementation_gets_a_time_at_a_small_shape(capsys):
+    found = rcmlib.benchmark_all_implementations(2, 512, 256, 4)
+    assert not found["failed"]
+    for label in peers.installed(peers.PEERS):
+        timed = found["results"][label]
+        assert 0 < timed["p10_ms"] <= timed["median_ms"] <= timed["p90_ms"], label
+        assert timed["samples"] == len(timed["all_ms"]) >= 20
+        assert found["peak_bytes"][label] > 0
+    assert "× two-pass" in capsys.readouterr().out
+    assert json.loads(records.as_text(found)) == found
+
+
+@pytest.mark.gpu
+def test_what_is_not_supported_is_reported_and_the_rest_goes_on():
+    labels = ["flash_compiled", "cudnn_compiled", "fused"]
+    found = rcmlib.benchmark_all_implementations(
+        1, 256, 128, 2, dtype=torch.float32, implementations=labels
+    )
+    assert set(found["failed"]) == {"flash_compiled", "cudnn_compiled"}
+    assert list(found["results"]) == ["fused"]
+
+
+@pytest.mark.gpu
+def test_a_wrong_implementation_gets_no_time(monkeypatch):
+    right = pipelines.IMPLEMENTATIONS["fused"]
+
+    def wrong(inputs):
+        run = right(inputs)
+        return lambda: run() * 1.1
+
+    monkeypatch.setitem(pipelines.IMPLEMENTATIONS, "fused", wrong)
+    found = rcmlib.benchmark_all_implementations(
+        1, 256, 128, 2, implementations=["triton_skip", "fused"]
+    )
+    assert list(found["results"]) == ["triton_skip"]
+    assert found["failed"]["fused"].startswith("wrong: relative error 0.")
+
+
+@pytest.mark.gpu
+def test_out_of_memory_is_reported_and_the_memory_is_free_again(gpu_memory):
+    before = torch.cuda.memory_allocated()
+    found = peers.measure("long", (1, 12, 200_000, 64), ["naive", "fused"])
+    assert found["failed"]["naive"].startswith("out of memory: tried to allocate")
+    assert found["results"]["fused"]["samples"] >= 5
+    timing.free()
+    # cuBLAS keeps a workspace; q alone has 307 MB.
+    assert torch.cuda.memory_allocated() - before < 64 << 20
+
+
+@pytest.mark.gpu
+def test_a_launch_takes_microseconds():
+    x = torch.randn(64, 64, device="cuda")
+    assert 0.5 < timing.launch_us(lambda: x + x) < 10_000
+    assert timing.wall({"add": lambda: x + x})["add"].samples == 20
