@@ -24,6 +24,7 @@ from rcmlib.functional.gradients import (
     wanted,
     wants_grad,
 )
+from rcmlib.functional.operators import operator
 
 HEAD_DIMS = range(16, 257)
 FLOAT32 = torch.finfo(torch.float32)
@@ -138,7 +139,7 @@ def check_attention_residual(x, q) -> None:
 # ---- the registered operators: torch.compile and opcheck see these ----
 
 
-@torch.library.custom_op("rcmlib::attention", mutates_args=())
+@operator
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
@@ -152,14 +153,14 @@ def _attention(
     )[0]
 
 
-@_attention.register_fake
+@torch.library.register_fake("rcmlib::attention")
 def _(q, k, v, x, c_skip, c_out, scale, is_causal):
     batch, heads, q_len, head_dim = q.shape
     like = q if x is None else x
     return like.new_empty(batch, q_len, heads * head_dim)
 
 
-@torch.library.custom_op("rcmlib::attention_saving", mutates_args=())
+@operator
 def _attention_saving(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
@@ -174,7 +175,7 @@ def _attention_saving(
     )
 
 
-@_attention_saving.register_fake
+@torch.library.register_fake("rcmlib::attention_saving")
 def _(q, k, v, x, c_skip, c_out, scale, is_causal):
     batch, heads, q_len, head_dim = q.shape
     tokens = (batch, q_len, heads * head_dim)
@@ -184,7 +185,7 @@ def _(q, k, v, x, c_skip, c_out, scale, is_causal):
     return x.new_empty(tokens), q.new_empty(tokens), lse
 
 
-@torch.library.custom_op("rcmlib::attention_backward", mutates_args=())
+@operator
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
     c_out: Tensor, scale: float, is_causal: bool,
@@ -197,7 +198,7 @@ def _attention_backward(
     )  # fmt: skip
 
 
-@_attention_backward.register_fake
+@torch.library.register_fake("rcmlib::attention_backward")
 def _(grad, q, k, v, lse, delta, c_out, scale, is_causal):
     def result(t):
         batch, heads, n, head_dim = t.shape

@@ -62,16 +62,21 @@ def coefficients(c_skip, c_out, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Constants stay on the CPU, where a launch can read them without waiting for the GPU.
     """
-    pair = [
-        _coefficient(name, c, x) for name, c in (("c_skip", c_skip), ("c_out", c_out))
-    ]
-    if all(c.ndim == 0 and c.device.type == "cpu" for c in pair) and not any(
-        c.requires_grad for c in pair
-    ):
-        return pair[0], pair[1]
-    batch = x.shape[0]
-    a, b = (c.to(x.device).expand(batch).contiguous() for c in pair)
-    return a, b
+    c_skip = _coefficient("c_skip", c_skip, x)
+    c_out = _coefficient("c_out", c_out, x)
+    if _is_constant(c_skip) and _is_constant(c_out):
+        return c_skip, c_out
+    return _per_sample(c_skip, x), _per_sample(c_out, x)
+
+
+def _is_constant(c: Tensor) -> bool:
+    return c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad
+
+
+def _per_sample(c: Tensor, x: Tensor) -> Tensor:
+    if c.ndim == 0:
+        c = c.to(x.device).expand(x.shape[0])
+    return c.contiguous()
 
 
 def _coefficient(name: str, c, x: Tensor) -> Tensor:
@@ -118,20 +123,22 @@ def launch(
     launcher: Callable[..., Tensor | tuple[Tensor, ...]],
     dtypes: Sequence[torch.dtype],
     *args,
-) -> tuple[Tensor, ...]:
-    """Runs a launcher on its tensors' own device; its results come back in `dtypes`.
+) -> Tensor | tuple[Tensor, ...]:
+    """Runs a launcher on its first argument's device. Its results have these dtypes.
 
     Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
     on a CPU bfloat16 inputs are computed in float32 and the results are rounded.
     """
-    device = next(a.device for a in args if isinstance(a, Tensor) and a.ndim)
+    device = args[0].device
     if device.type == "cuda":
+        if device.index == torch.cuda.current_device():
+            return launcher(*args)
         with torch.cuda.device(device):  # Triton launches on the current device
-            results = launcher(*args)
-    else:
-        with np.errstate(all="ignore"):  # NaN and infinity are values, not accidents
-            results = launcher(*(_widened(a) for a in args))
-    results = (results,) if isinstance(results, Tensor) else results
+            return launcher(*args)
+    with np.errstate(all="ignore"):  # NaN and infinity are values, not accidents
+        results = launcher(*(_widened(a) for a in args))
+    if isinstance(results, Tensor):
+        return results.to(dtypes[0])
     return tuple(r.to(dtype) for r, dtype in zip(results, dtypes, strict=True))
 
 

@@ -22,6 +22,7 @@ from rcmlib.functional.gradients import (
     wanted,
     wants_grad,
 )
+from rcmlib.functional.operators import operator
 
 
 def rcm_projection(
@@ -116,7 +117,7 @@ def _check_projection(a, weight, bias, x) -> None:
 # ---- the registered operators: torch.compile and opcheck see these ----
 
 
-@torch.library.custom_op("rcmlib::projection", mutates_args=())
+@operator
 def _projection(
     a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor,
     c_skip: Tensor, c_out: Tensor, save_f: bool,
@@ -138,12 +139,12 @@ def _projection(
     )
 
 
-@_projection.register_fake
+@torch.library.register_fake("rcmlib::projection")
 def _(a, weight, bias, x, c_skip, c_out, save_f):
     return x.new_empty(x.shape), a.new_empty(x.shape if save_f else (0,))
 
 
-@torch.library.custom_op("rcmlib::gate_backward", mutates_args=())
+@operator
 def _gate_backward(
     grad: Tensor, f: Tensor | None, gate: Tensor, df_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -153,7 +154,7 @@ def _gate_backward(
     return launch(gate_backward, dtypes, grad, f, gate, df_dtype)
 
 
-@_gate_backward.register_fake
+@torch.library.register_fake("rcmlib::gate_backward")
 def _(grad, f, gate, df_dtype):
     df = grad.new_empty(grad.shape if df_dtype else (0,), dtype=df_dtype or grad.dtype)
     return df, gate.new_empty(gate.shape if f is not None else (0,))

@@ -7,6 +7,7 @@ from rcmlib import ops
 from rcmlib.functional.attention import check_attention, check_attention_residual
 from rcmlib.functional.checks import autocast, coefficients, launch
 from rcmlib.functional.gradients import wants_grad
+from rcmlib.functional.operators import operator
 
 # The number formats of p v, best first for GPUs that have FP8.
 PV = ("fp8", "fp8_fp16", "fp8_short", "fp16")
@@ -118,7 +119,7 @@ def _check_pv(pv: str | None, q: Tensor) -> str:
 # ---- the registered operator: torch.compile and opcheck see this ----
 
 
-@torch.library.custom_op("rcmlib::sage_attention", mutates_args=())
+@operator
 def _sage_attention(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
@@ -131,10 +132,10 @@ def _sage_attention(
     return launch(
         sage_attention_forward, [dtype], q, k, v, x, c_skip, c_out, scale, is_causal,
         smooth_q, smooth_k, smooth_v, pv,
-    )[0]  # fmt: skip
+    )  # fmt: skip
 
 
-@_sage_attention.register_fake
+@torch.library.register_fake("rcmlib::sage_attention")
 def _(q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv):
     batch, heads, q_len, head_dim = q.shape
     like = q if x is None else x

@@ -16,7 +16,9 @@ from rcmlib.functional.gradients import (
     dense_rows,
     once_differentiable,
     wanted,
+    wants_grad,
 )
+from rcmlib.functional.operators import operator
 
 
 def rcm_skip(
@@ -42,13 +44,16 @@ def rcm_skip(
     tiles = [_rows_of_samples(name, t) for name, t in (("x", x), ("f", f))]
     if tiles[0].shape != tiles[1].shape:  # one is contiguous, the other has gaps
         tiles = [t.view(tiles[0].shape[0], -1, x.shape[-1]) for t in tiles]
-    return _Skip.apply(*tiles, c_skip, c_out).view(x.shape)
+    arguments = (*tiles, c_skip, c_out)
+    if wants_grad(*arguments):
+        return _Skip.apply(*arguments).view(x.shape)
+    return torch.ops.rcmlib.skip(*arguments).view(x.shape)
 
 
 def _rows_of_samples(name: str, t: Tensor) -> Tensor:
     """t [B, …] as a view [B, 1, M] if its samples are dense, else [B, R, C]."""
     batch = t.shape[0]
-    if t[0].is_contiguous():
+    if t.is_contiguous() or t[0].is_contiguous():
         return t.view(batch, 1, -1)
     try:
         rows = t.view(batch, -1, t.shape[-1])
@@ -65,20 +70,20 @@ def _rows_of_samples(name: str, t: Tensor) -> Tensor:
 # ---- the registered operators: torch.compile and opcheck see these ----
 
 
-@torch.library.custom_op("rcmlib::skip", mutates_args=())
+@operator
 def _skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
     ops.check_device("x", x.device)
     from rcmlib.ops.skip import skip_forward
 
-    return launch(skip_forward, [x.dtype], x, f, c_skip, c_out)[0]
+    return launch(skip_forward, [x.dtype], x, f, c_skip, c_out)
 
 
-@_skip.register_fake
+@torch.library.register_fake("rcmlib::skip")
 def _(x, f, c_skip, c_out):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("rcmlib::skip_backward", mutates_args=())
+@operator
 def _skip_backward(
     grad: Tensor, x: Tensor | None, f: Tensor | None, c_skip: Tensor, c_out: Tensor,
     width: int | None, dx_dtype: torch.dtype | None, df_dtype: torch.dtype | None,
@@ -91,7 +96,7 @@ def _skip_backward(
     )
 
 
-@_skip_backward.register_fake
+@torch.library.register_fake("rcmlib::skip_backward")
 def _(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype):
     from rcmlib.ops.skip import dots_shape
 

@@ -38,6 +38,7 @@ def interpreting() -> bool:
     return not isinstance(skip_epilogue, triton.JITFunction)
 
 
+@functools.cache  # of what passes: an error is raised anew at every call
 def check_device(name: str, device: torch.device) -> None:
     """ValueError unless Triton can launch a kernel on tensors of this device.
 
