@@ -69,6 +69,12 @@ from rcmlib.figures.tiles import (
     score_memory,
     tiles_in_flight,
 )
+from rcmlib.figures.traffic import (
+    byte_boxes,
+    cache_size,
+    predicted_and_counted,
+    where_counters_sit,
+)
 
 __all__ = [
     "PALETTE",
@@ -78,6 +84,8 @@ __all__ = [
     "batches_and_heads",
     "birth_of_a_tile",
     "block_times",
+    "byte_boxes",
+    "cache_size",
     "cancellation",
     "coefficients_over_time",
     "copy_ceiling",
@@ -101,6 +109,7 @@ __all__ = [
     "one_sample",
     "outlier_channels",
     "photo_to_tokens",
+    "predicted_and_counted",
     "programs_1d",
     "programs_3d",
     "projection_gain",
@@ -125,6 +134,7 @@ __all__ = [
     "two_walks",
     "wan_block_places",
     "weight_range",
+    "where_counters_sit",
     "where_the_speed_is_from",
     "who_holds_what",
     "who_wins",
