@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from rcmlib.measure import ledger, records
 
-# Keys a step of the online softmax, each of which rescales by one more exponential a row.
-# Kernels differ (64 to 176), and 1/KEYS of the exponentials depends on it.
+# Keys a step of the online softmax; a step rescales a row by one more exponential. Kernels
+# differ in it, but only 1/KEYS of the exponentials depend on it.
 KEYS = 128
 # The data types of q kᵀ and of p v.
 PRODUCTS = {
