@@ -39,7 +39,7 @@ from rcmlib.figures.int8 import (
     outlier_channels,
     shared_scales,
 )
-from rcmlib.figures.limits import bars_in_turn, my_gpu, roofline, who_wins
+from rcmlib.figures.limits import layer_times, my_gpu, roofline, who_wins
 from rcmlib.figures.projection import (
     birth_of_a_tile,
     block_times,
@@ -80,7 +80,6 @@ __all__ = [
     "PALETTE",
     "against_cudnn",
     "attention_rates",
-    "bars_in_turn",
     "batches_and_heads",
     "birth_of_a_tile",
     "block_times",
@@ -97,6 +96,7 @@ __all__ = [
     "granularity_errors",
     "headline",
     "launches",
+    "layer_times",
     "ledger_boxes",
     "long_sum",
     "loss_curves",

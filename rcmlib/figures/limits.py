@@ -57,29 +57,29 @@ def roofline(panels: dict[str, dict], bandwidth: float, roofs: dict[str, float])
     return fig
 
 
-def bars_in_turn(
-    rows: dict[str, dict[str, float]], unit: str, line: float | None = None
-):
-    """Horizontal bars, one group a row: {row: {implementation: value}}; line: a target."""
-    names = list(dict.fromkeys(n for bars in rows.values() for n in bars))
-    fig, ax = new_figure(7.4, 0.26 * sum(map(len, rows.values())) + 0.2 * len(rows) + 1)
-    ticks, y = [], 0.0
-    top = max(v for bars in rows.values() for v in bars.values())
-    for row, bars in rows.items():
-        ticks.append((y + (len(bars) - 1) * 0.4, row))
-        for name, value in bars.items():
-            colour = PALETTE[LOOKS[name][1] if name in LOOKS else "neutral"]
-            ax.barh(y, value, height=0.72, color=colour)
-            ax.text(value + top * 0.01, y, f"{value:.3g}", va="center", fontsize=8.5)
-            y += 0.8
-        y += 0.5
-    if line is not None:
-        ax.axvline(line, color=PALETTE["reference"], ls="--", lw=1)
-    ax.set_yticks(*zip(*ticks, strict=True))
-    ax.invert_yaxis()
-    ax.set(xlabel=unit, xlim=(0, top * 1.12))
-    ax.grid(axis="y", visible=False)
-    return fig, names
+def layer_times(names: tuple[str, ...] = ("B1_N256", "B4_N1024")):
+    """GPU time and time a call of whole layers and blocks, one panel a shape."""
+    fig, axes = new_figure(7.8, 4.4, ncols=len(names), sharey=True)
+    for ax, name in zip(axes, names, strict=True):
+        gpu, wall = (records.case("layers", n) for n in (name, f"{name}_wall"))
+        labels = list(gpu["results"])
+        for y, label in enumerate(labels):
+            colour = PALETTE["fused" if "fused" in label else "baseline"]
+            inside, seen = (1e3 * strongest(c, (label,)) for c in (gpu, wall))
+            ax.barh(y, inside, height=0.62, color=colour)
+            ax.plot(
+                [seen, seen], [y - 0.4, y + 0.4], color=PALETTE["reference"], lw=2.5
+            )
+        top = max(r["p90_ms"] for c in (gpu, wall) for r in c["results"].values())
+        ax.set(xlim=(0, 1.05e3 * top), xlabel="µs")
+        ax.set_title("B = {B}, N = {N}".format(**gpu))
+        ax.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(labels)), [n.replace("_", " ") for n in labels])
+    axes[0].set_ylim(len(labels) - 0.5, -0.5)
+    mark, bar = axes[0].lines[0], Rectangle((0, 0), 1, 1, fc=PALETTE["neutral"])
+    fig.legend([bar, mark], ["GPU time", "time a call, as the program sees it"], ncols=2,
+               loc="outside upper right", fontsize=9)  # fmt: skip
+    return fig
 
 
 def who_wins(series: dict[str, list[dict]]):

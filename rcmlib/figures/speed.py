@@ -184,7 +184,7 @@ def scaling():
 def batches_and_heads():
     """Left: time a sample over the batch size. Right: rates at three head sizes."""
     fig, (left, right) = new_figure(7.8, 3.5, ncols=2)
-    labels = ("flash_compiled", "cudnn_compiled", "triton_skip", "fused", "sage")
+    labels = (*TWO_PASS, *OURS)
     cases = records.record("batch")["cases"]
     for label in labels:
         text, colour, marker = LOOKS[label]
