@@ -112,13 +112,15 @@ def who_wins(series: dict[str, list[dict]]):
 
 
 def my_gpu(path: Path | str, labels: tuple[str, ...] = ("flash_compiled", *OURS)):
-    """The reader's record of a suite beside the stored one of the same name.
+    """The reader's record of a suite over length beside the stored one of the same name.
 
-    path: what `benchmark --out` wrote. Without that file, the stored record of `seed` alone.
+    path: what `benchmark --out` wrote. Without that file, the stored record of `seed` alone;
+    beside a record of one's own shape (`--shape`), the same.
     """
     path = Path(path)
     mine = json.loads(path.read_text()) if path.exists() else None
-    stored = records.record(mine["name"] if mine else "seed")
+    known = mine is not None and mine["name"] in records.names()
+    stored = records.record(mine["name"] if known else "seed")
     shown = [stored, mine] if mine else [stored]
     fig, axes = new_figure(3.9 * len(shown) + 1.2, 3.6, ncols=len(shown), sharey=True)
     for ax, record in zip(np.atleast_1d(axes), shown, strict=True):
