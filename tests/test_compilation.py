@@ -1,4 +1,4 @@
-"""The kernels compile for every architecture in use, without spilling a register."""
+"""The kernels compile for every architecture in use, without a register spilled in a loop."""
 
 import re
 import subprocess
@@ -28,6 +28,7 @@ def attention_jobs(capability):
     for dtype, dim in SIZES:
         yield Job("attention", capability, dtype, dim, causal=True, ragged=True)
     yield Job("attention", capability, "bfloat16", 64)
+    yield Job("attention", capability, "bfloat16", 128)
     yield Job("attention", capability, "bfloat16", 128, ragged=True, aligned=False)
     yield Job("attention", capability, "bfloat16", 64, saving=True, ragged=True)
     yield Job("attention", capability, "bfloat16", 128, saving=True, causal=True)
@@ -61,8 +62,24 @@ def test_no_default_configuration_spills_or_wants_too_much_shared_memory(capabil
     jobs += [*attention_jobs(capability), *projection_jobs(capability)]
     for job, compiled in zip(jobs, compile_kernels(jobs), strict=True):
         assert f".target sm_{capability}" in compiled.ptx
+        assert_lean(job, compiled)
+
+
+def assert_lean(job, compiled):
+    """No spills, and shared memory that the GPU has.
+
+    On an H100 at D = 128, attention fills the registers. What runs once a program (a masked
+    tile, the epilogue) may spill a few bytes there: with fewer rows, or fewer programs on an
+    SM, nothing would be spilled, and the loop would be slower.
+    """
+    assert compiled.shared_bytes <= SHARED_KIB[job.capability] * 1024, job
+    full = job.kernel in ("attention", "sage_attention") and 64 < job.head_dim <= 128
+    if full and job.capability == 90 and (job.ragged or job.causal or job.saving):
+        assert compiled.spill_bytes <= 128, job
+        if compiled.spill_bytes:
+            assert not spills_in_loop(compiled.ptx, job.capability), job
+    else:
         assert compiled.spill_bytes == 0, job
-        assert compiled.shared_bytes <= SHARED_KIB[capability] * 1024, job
 
 
 def sage_jobs(capability):
@@ -82,21 +99,9 @@ def sage(capability, dim, pv, **options):
 
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_the_8_bit_kernel_spills_nothing_in_its_loop(capability):
-    """On an H100, its 168 registers are too few for the masked tile at D = 128.
-
-    That tile runs once a program. With more registers nothing is spilled, but then only two
-    programs fit on an SM instead of three: so those few bytes are the better choice.
-    """
     jobs = list(sage_jobs(capability))
     for job, compiled in zip(jobs, compile_kernels(jobs), strict=True):
-        assert compiled.shared_bytes <= SHARED_KIB[capability] * 1024, job
-        masked = job.ragged or job.causal
-        if capability == 90 and job.head_dim == 128 and masked:
-            assert compiled.spill_bytes <= 128, job
-            if compiled.spill_bytes:
-                assert not spills_in_loop(compiled.ptx, capability), job
-        else:
-            assert compiled.spill_bytes == 0, job
+        assert_lean(job, compiled)
 
 
 def spills_in_loop(ptx, capability):

@@ -117,7 +117,7 @@ def _attention(job: Job):
     tma = job.aligned and attention.copy_engine(*target)
     if job.kernel == "attention":
         kernel = attention.attention_kernel
-        tile = attention.choose_tile(job.head_dim, *target)
+        tile = attention.choose_tile(job.head_dim, *target, job.aligned)
     else:
         kernel = getattr(attention_backward, f"{job.kernel}_kernel")
         tiles = attention_backward.choose_backward_tiles(
@@ -133,8 +133,9 @@ def _attention(job: Job):
     rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "g": tile.block_m}
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "D": job.head_dim,
-        "BLOCK_D": block_d, "TMA": tma, "CAUSAL": job.causal, "RAGGED": job.ragged,
-        "PER_SAMPLE": True, "PRECISION": attention.dot_precision(target[0]),
+        "BLOCK_D": block_d, "TWO": getattr(tile, "two", False), "TMA": tma,
+        "CAUSAL": job.causal, "RAGGED": job.ragged, "PER_SAMPLE": True,
+        "PRECISION": attention.dot_precision(target[0]),
     }  # fmt: skip
     if not job.skip:
         constants |= dict.fromkeys(("x", "c_skip", "c_out", "saved_f"))

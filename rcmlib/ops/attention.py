@@ -47,15 +47,37 @@ def load_rows(src, b, h, row, length, stride_b, stride_h, stride_n,
 
 
 @triton.jit
-def attend(acc, m, l, qt, k, v, b, h, start, stop, first_row, kv_len, qk_scale,
-           stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-           BLOCK_N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-           CAUSAL: tl.constexpr, MASK: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
-    """One online-softmax step for each key tile in [start, stop).
+def weigh(s, m, l, qk_scale, j, first_row, kv_len, CAUSAL: tl.constexpr,
+          MASK: tl.constexpr):  # fmt: skip
+    """The softmax's step for the scores s of the key tile at j: (p, alpha, m, l).
 
     Per query row: m is the largest score so far (in units of log2), l the sum of
-    exp2(score − m), acc the same sum weighted by v. A larger m rescales both by alpha.
+    p = exp2(score − m). A larger m rescales what was summed before by alpha.
+    """
+    if MASK:
+        cols = j + tl.arange(0, s.shape[1])[None, :]
+        visible = cols < kv_len
+        if CAUSAL:
+            visible &= cols <= first_row + tl.arange(0, s.shape[0])[:, None]
+        s = tl.where(visible, s, float("-inf"))
+    # Key 0 is in the first tile and visible to every row, so m_new is never -inf.
+    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+    p = tl.exp2(s * qk_scale - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def attend(acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, start, stop, first_row,
+           kv_len, qk_scale,
+           stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+           BLOCK_N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+           CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+           TWO: tl.constexpr):  # fmt: skip
+    """One online-softmax step for each key tile in [start, stop).
+
+    acc sums v weighted by p. With TWO there is a second block of rows, whose names end in _b:
+    a key tile, once fetched, serves both.
     """
     BLOCK_M: tl.constexpr = qt.shape[0]
     BLOCK_D: tl.constexpr = qt.shape[1]
@@ -63,23 +85,19 @@ def attend(acc, m, l, qt, k, v, b, h, start, stop, first_row, kv_len, qk_scale,
         kt = load_rows(k, b, h, j, kv_len, stride_kb, stride_kh, stride_kn,
                        BLOCK_N, D, BLOCK_D, TMA, MASK)  # fmt: skip
         s = tl.dot(qt, kt.T, input_precision=PRECISION)
-        if MASK:
-            cols = j + tl.arange(0, BLOCK_N)[None, :]
-            visible = cols < kv_len
-            if CAUSAL:
-                visible &= cols <= first_row + tl.arange(0, BLOCK_M)[:, None]
-            s = tl.where(visible, s, float("-inf"))
-        # Key 0 is in the first tile and visible to every row, so m_new is never -inf.
-        m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
-        p = tl.exp2(s * qk_scale - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        l = l * alpha + tl.sum(p, 1)
+        if TWO:
+            s_b = tl.dot(qt_b, kt.T, input_precision=PRECISION)
+        p, alpha, m, l = weigh(s, m, l, qk_scale, j, first_row, kv_len, CAUSAL, MASK)
         acc = acc * alpha[:, None]
         vt = load_rows(v, b, h, j, kv_len, stride_vb, stride_vh, stride_vn,
                        BLOCK_N, D, BLOCK_D, TMA, MASK)  # fmt: skip
         acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision=PRECISION)
-        m = m_new
-    return acc, m, l
+        if TWO:  # while the tensor core does that product, the other block's softmax
+            p, alpha, m_b, l_b = weigh(s_b, m_b, l_b, qk_scale, j, first_row + BLOCK_M,
+                                       kv_len, CAUSAL, MASK)  # fmt: skip
+            acc_b = acc_b * alpha[:, None]
+            acc_b = tl.dot(p.to(vt.dtype), vt, acc_b, input_precision=PRECISION)
+    return acc, m, l, acc_b, m_b, l_b
 
 
 @triton.jit
@@ -112,49 +130,24 @@ def key_range(kv_len, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
-                     heads, q_len, kv_len,
-                     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-                     stride_vb, stride_vh, stride_vn, stride_xb, stride_xn,
-                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-                     BLOCK_D: tl.constexpr, TMA: tl.constexpr, CAUSAL: tl.constexpr,
-                     RAGGED: tl.constexpr, PER_SAMPLE: tl.constexpr,
-                     PRECISION: tl.constexpr):  # fmt: skip
-    b, h, first_row = own_rows(heads, q_len, BLOCK_M, CAUSAL)
+def finish(acc, m, l, xt, x, out, saved_f, lse, c_skip, c_out, b, h, first_row,
+           heads, q_len, stride_xb, stride_xn, D: tl.constexpr,
+           PER_SAMPLE: tl.constexpr):  # fmt: skip
+    """The epilogue of one block of rows: f = acc / l, the skip, the stores."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
     rows = first_row + tl.arange(0, BLOCK_M)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
+    d = tl.arange(0, acc.shape[1])[None, :]
     inside = (rows < q_len) & (d < D)
     # In 64 bits: offsets pass 2³¹ in large tensors.
     b64, n64 = tl.cast(b, tl.int64), rows.to(tl.int64)
-    if x is not None:
-        x_tile = x + b64 * stride_xb + n64 * stride_xn + h * D + d
-    qt = load_rows(q, b, h, first_row, q_len, stride_qb, stride_qh, stride_qn,
-                   BLOCK_M, D, BLOCK_D, TMA, True)  # fmt: skip
-    # Where registers allow, x is fetched now and arrives in the loop's shadow. Not before q:
-    # all programs start together, and the loop would wait for x in the queue to HBM.
-    EARLY: tl.constexpr = x is not None and TMA and BLOCK_D <= 64
-    if EARLY:
-        xt = tl.load(x_tile, mask=inside)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    whole, stop = key_range(kv_len, first_row, BLOCK_M, BLOCK_N, CAUSAL)
-    acc, m, l = attend(acc, m, l, qt, k, v, b, h, 0, whole, first_row, kv_len, qk_scale,
-                       stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-                       BLOCK_N, D, TMA, CAUSAL, False, PRECISION)  # fmt: skip
-    if RAGGED or CAUSAL:
-        acc, m, l = attend(acc, m, l, qt, k, v, b, h, whole, stop, first_row, kv_len,
-                           qk_scale, stride_kb, stride_kh, stride_kn,
-                           stride_vb, stride_vh, stride_vn,
-                           BLOCK_N, D, TMA, CAUSAL, True, PRECISION)  # fmt: skip
     f = acc * (1 / l)[:, None]
     out_tile = (b64 * q_len + n64) * heads * D + h * D + d
     if saved_f is not None:
         tl.store(saved_f + out_tile, f.to(saved_f.dtype.element_ty), mask=inside)
     if x is not None:
-        if not EARLY:
-            xt = tl.load(x_tile, mask=inside)
+        if xt is None:
+            xt = load_residual(x, b, h, first_row, q_len, stride_xb, stride_xn,
+                               BLOCK_M, D, acc.shape[1])  # fmt: skip
         f = skip_epilogue(xt.to(tl.float32), f,
                           load_coefficient(c_skip, b, PER_SAMPLE),
                           load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
@@ -164,6 +157,64 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
         tl.store(lse + (b64 * heads + h) * q_len + n, m + tl.log2(l), mask=n < q_len)
 
 
+@triton.jit
+def load_residual(x, b, h, first_row, q_len, stride_xb, stride_xn,
+                  ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """x's channels of head h, [ROWS, BLOCK_D]."""
+    rows = first_row + tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tile = (
+        x + tl.cast(b, tl.int64) * stride_xb + rows.to(tl.int64) * stride_xn + h * D + d
+    )
+    return tl.load(tile, mask=(rows < q_len) & (d < D))
+
+
+@triton.jit
+def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
+                     heads, q_len, kv_len,
+                     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+                     stride_vb, stride_vh, stride_vn, stride_xb, stride_xn,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+                     BLOCK_D: tl.constexpr, TWO: tl.constexpr, TMA: tl.constexpr,
+                     CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+                     PER_SAMPLE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    ROWS: tl.constexpr = 2 * BLOCK_M if TWO else BLOCK_M
+    b, h, first_row = own_rows(heads, q_len, ROWS, CAUSAL)
+    second_row = first_row + BLOCK_M
+    qt = load_rows(q, b, h, first_row, q_len, stride_qb, stride_qh, stride_qn,
+                   BLOCK_M, D, BLOCK_D, TMA, True)  # fmt: skip
+    qt_b = qt
+    if TWO:
+        qt_b = load_rows(q, b, h, second_row, q_len, stride_qb, stride_qh, stride_qn,
+                         BLOCK_M, D, BLOCK_D, TMA, True)  # fmt: skip
+    # Where registers allow, x is fetched now and arrives in the loop's shadow. Not before q:
+    # all programs start together, and the loop would wait for x in the queue to HBM.
+    xt = None
+    if x is not None and TMA and BLOCK_D <= 64:
+        xt = load_residual(x, b, h, first_row, q_len, stride_xb, stride_xn,
+                           BLOCK_M, D, BLOCK_D)  # fmt: skip
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc_b, m_b, l_b = acc, m, l
+
+    whole, stop = key_range(kv_len, first_row, ROWS, BLOCK_N, CAUSAL)
+    acc, m, l, acc_b, m_b, l_b = attend(
+        acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, 0, whole, first_row,
+        kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+        stride_vn, BLOCK_N, D, TMA, CAUSAL, False, PRECISION, TWO)  # fmt: skip
+    if RAGGED or CAUSAL:
+        acc, m, l, acc_b, m_b, l_b = attend(
+            acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, whole, stop, first_row,
+            kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+            stride_vn, BLOCK_N, D, TMA, CAUSAL, True, PRECISION, TWO)  # fmt: skip
+    finish(acc, m, l, xt, x, out, saved_f, lse, c_skip, c_out, b, h, first_row,
+           heads, q_len, stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
+    if TWO:
+        finish(acc_b, m_b, l_b, None, x, out, saved_f, lse, c_skip, c_out, b, h,
+               second_row, heads, q_len, stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
+
+
 class Tile(NamedTuple):
     """How much of the problem one program holds, and with how many warps and buffers."""
 
@@ -171,10 +222,18 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    two: bool = False  # a program owns two blocks of block_m queries
 
 
-def choose_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """The tile for a GPU of this compute capability, without a register spilled on any.
+def choose_tile(
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    aligned: bool = True,
+) -> Tile:
+    """The tile for a GPU of this compute capability, without a register spilled in its loop.
+
+    aligned: the copy engine can read q, k and v (`descriptors_allowed`).
 
     D ≤ 128 on sm_90 was measured (chapter 6); the other lines compile without spills
     (tests/test_compilation.py). float32 uses the ordinary FMA units, for IEEE products,
@@ -191,6 +250,8 @@ def choose_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) 
         return Tile(64, 32, num_warps=8, num_stages=2)
     if copy_engine(dtype, capability):
         if block_d == 128:
+            if aligned and capability[0] == 9:
+                return Tile(64, 64, num_warps=4, num_stages=2, two=True)
             return Tile(64, 64, num_warps=4, num_stages=3)
         return Tile(64, 128, num_warps=4, num_stages=2)
     if block_d == 128:
@@ -248,8 +309,9 @@ def attention_forward(
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
     capability = architecture(q)
-    tile = choose_tile(head_dim, q.dtype, capability)
-    tma = copy_engine(q.dtype, capability) and descriptors_allowed(q, k, v)
+    aligned = descriptors_allowed(q, k, v)
+    tile = choose_tile(head_dim, q.dtype, capability, aligned)
+    tma = copy_engine(q.dtype, capability) and aligned
 
     def empty(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -269,12 +331,12 @@ def attention_forward(
         sources = (
             descriptor(t, rows, block_d) for t, rows in zip(sources, boxes, strict=True)
         )
-    attention_kernel[(batch * heads * triton.cdiv(q_len, tile.block_m),)](
+    attention_kernel[(batch * heads * triton.cdiv(q_len, tile.block_m << tile.two),)](
         *sources, x, out, f, lse, c_skip, c_out, scale * LOG2_E, heads, q_len, kv_len,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *(x.stride()[:2] if x is not None else (0, 0)),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
-        TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
+        TWO=tile.two, TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
         PER_SAMPLE=per_sample, PRECISION=dot_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
