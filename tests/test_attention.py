@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import rcmlib
 from rcmlib import reference
 from rcmlib.ops import attention
+from rcmlib.ops.plan import layout
 from tests.inputs import (
     DTYPES,
     assert_close,
@@ -101,7 +102,8 @@ def test_views_of_a_packed_qkv_are_used_in_place(offset, device):
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     wide = torch.randn(batch, tokens, 2 * num_heads * dim, device=device)
     x = wide[..., : num_heads * dim]
-    assert attention.descriptors_allowed(q, k, v) == (offset == 0)
+    layouts = (layout(t) for t in (q, k, v))
+    assert attention.descriptors_allowed(*layouts) == (offset == 0)
     out = rcmlib.rcm_attention(q, k, v, x, 0.3, 0.8)
     assert_close(out, reference.rcm_attention(q, k, v, x, 0.3, 0.8), out)
 

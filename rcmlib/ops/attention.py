@@ -9,15 +9,16 @@ HBM: q, k, v, x are read, out is written. f exists only in registers, D float32 
 For a backward pass (attention_backward.py) f and lse [B, H, Nq] are written too.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
+from rcmlib.ops.plan import PLANS, Box, Layout, Plan, layout
 
 LOG2_E = math.log2(math.e)  # exp(s) = exp2(s·log2 e), and exp2 is one GPU instruction
 
@@ -260,8 +261,15 @@ def choose_tile(
 
 
 def architecture(t: torch.Tensor) -> tuple[int, int]:
-    """t's compute capability. The interpreter has none: it follows the H100's paths."""
-    return torch.cuda.get_device_capability(t.device) if t.is_cuda else (9, 0)
+    """The compute capability of t's device."""
+    return device_capability(t.device)
+
+
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """The interpreter has none: it follows the H100's paths."""
+    if device.type != "cuda":
+        return (9, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -274,26 +282,58 @@ def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     return dtype != torch.float32 and capability[0] in (9, 10)
 
 
-def descriptors_allowed(*tensors: torch.Tensor) -> bool:
+def descriptors_allowed(*layouts: Layout) -> bool:
     """Can the copy engine address these? Base and strides in multiples of 16 bytes."""
     return all(
-        t.data_ptr() % 16 == 0
+        t.aligned
         and all(
-            stride > 0 and stride * t.element_size() % 16 == 0
-            for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True)
+            stride > 0 and stride * t.dtype.itemsize % 16 == 0
+            for stride, size in zip(t.strides[:-1], t.shape[:-1], strict=True)
             if size > 1
         )
-        for t in tensors
+        for t in layouts
     )
 
 
-def descriptor(t: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
-    """t [B, H, N, D] as boxes of `rows` tokens of one head."""
+def box_of_rows(t: Layout, rows: int, block_d: int) -> Box:
+    """A tensor [B, H, N, D] as boxes of `rows` tokens of one head."""
     # The stride of a dimension of size 1 is never used, but has to look aligned.
     strides = [
-        s if n > 1 else 16 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)
+        s if n > 1 else 16 for s, n in zip(t.strides[:-1], t.shape[:-1], strict=True)
     ]
-    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_d])
+    return Box(list(t.shape), [*strides, 1], [1, 1, rows, block_d])
+
+
+@functools.lru_cache(PLANS)
+def attention_plan(
+    device, q, k, v, x, c_skip, c_out, scale, is_causal, save
+) -> tuple[Plan, tuple[Box, ...] | None]:
+    """The launch of `attention_kernel` for these layouts, and how to read q, k and v.
+
+    The boxes are for the copy engine; None: by pointers.
+    """
+    batch, heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    block_d = triton.next_power_of_2(head_dim)
+    capability = device_capability(device)
+    aligned = descriptors_allowed(q, k, v)
+    tile = choose_tile(head_dim, q.dtype, capability, aligned)
+    tma = copy_engine(q.dtype, capability) and aligned
+    boxes = None
+    if tma:
+        rows = (tile.block_m, tile.block_n, tile.block_n)
+        boxes = tuple(map(box_of_rows, (q, k, v), rows, (block_d,) * 3))
+    plan = Plan(
+        attention_kernel, batch * heads * triton.cdiv(q_len, tile.block_m << tile.two),
+        scale * LOG2_E, heads, q_len, kv_len,
+        *q.strides[:3], *k.strides[:3], *v.strides[:3],
+        *(x.strides[:2] if x is not None else (0, 0)),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
+        TWO=tile.two, TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
+        PER_SAMPLE=c_skip is not None, PRECISION=dot_precision(q.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return plan, boxes
 
 
 def attention_forward(
@@ -306,40 +346,21 @@ def attention_forward(
     the f returned is empty.
     """
     batch, heads, q_len, head_dim = q.shape
-    kv_len = k.shape[2]
-    block_d = triton.next_power_of_2(head_dim)
-    capability = architecture(q)
-    aligned = descriptors_allowed(q, k, v)
-    tile = choose_tile(head_dim, q.dtype, capability, aligned)
-    tma = copy_engine(q.dtype, capability) and aligned
-
-    def empty(*shape, dtype):
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
+    device, dtype = q.device, q.dtype
     tokens = (batch, q_len, heads * head_dim)
-    out = empty(*tokens, dtype=q.dtype if x is None else x.dtype)
+    out = torch.empty(tokens, dtype=dtype if x is None else x.dtype, device=device)
     f = lse = None
     if save:
-        lse = empty(batch, heads, q_len, dtype=torch.float32)
-        f = empty(*tokens, dtype=q.dtype) if x is not None else None
-    per_sample = False
+        lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device)
+        f = torch.empty(tokens if x is not None else (0,), dtype=dtype, device=device)
     if x is not None:
-        c_skip, c_out, per_sample = kernel_coefficients(c_skip, c_out)
-    sources = (q, k, v)
-    if tma:
-        boxes = (tile.block_m, tile.block_n, tile.block_n)
-        sources = (
-            descriptor(t, rows, block_d) for t, rows in zip(sources, boxes, strict=True)
-        )
-    attention_kernel[(batch * heads * triton.cdiv(q_len, tile.block_m << tile.two),)](
-        *sources, x, out, f, lse, c_skip, c_out, scale * LOG2_E, heads, q_len, kv_len,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *(x.stride()[:2] if x is not None else (0, 0)),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
-        TWO=tile.two, TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
-        PER_SAMPLE=per_sample, PRECISION=dot_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
+    plan, boxes = attention_plan(
+        device, layout(q), layout(k), layout(v), layout(x), layout(c_skip),
+        layout(c_out), scale, is_causal, save,
     )  # fmt: skip
-    if not save:
-        return (out,)
-    return out, empty(0, dtype=q.dtype) if f is None else f, lse
+    sources = (q, k, v)
+    if boxes is not None:
+        sources = (boxes[0].of(q), boxes[1].of(k), boxes[2].of(v))
+    plan.launch(*sources, x, out, None if x is None else f, lse, c_skip, c_out)
+    return (out, f, lse) if save else (out,)

@@ -15,6 +15,7 @@ over the keys. Scores are computed twice; in exchange there are no atomics, and 
 agree bit for bit.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,16 +25,17 @@ import triton.language as tl
 from rcmlib.ops.attention import (
     LOG2_E,
     Tile,
-    architecture,
+    box_of_rows,
     copy_engine,
-    descriptor,
     descriptors_allowed,
+    device_capability,
     dot_precision,
     key_range,
     load_rows,
     own_rows,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient
+from rcmlib.ops.plan import PLANS, Box, Plan, layout
 
 
 @triton.jit
@@ -221,51 +223,73 @@ def choose_backward_tiles(
     return Tile(block_m, 64, 4, 2), Tile(64, 32, 4, 2)
 
 
+@functools.lru_cache(PLANS)
+def backward_plans(
+    device, g, q, k, v, lse, delta, c_out, scale, is_causal
+) -> tuple[tuple[Plan, tuple[Box, ...] | None], ...]:
+    """For each of the two kernels its launch for these layouts, and how to read q, k, v, g.
+
+    g: as [B, H, Nq, D]. The boxes are for the copy engine; None: by pointers.
+    """
+    batch, heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    block_d = triton.next_power_of_2(head_dim)
+    capability = device_capability(device)
+    sources = (q, k, v, g)
+    tma = copy_engine(q.dtype, capability) and descriptors_allowed(*sources)
+    for_keys, for_queries = choose_backward_tiles(
+        head_dim, q.dtype, capability, tma, is_causal
+    )
+
+    def plan(kernel, tile, programs, **constants):
+        m, n = tile.block_m, tile.block_n
+        boxes = None
+        if tma:
+            boxes = tuple(map(box_of_rows, sources, (m, n, n, m), (block_d,) * 4))
+        return Plan(
+            kernel, batch * heads * programs, scale, scale * LOG2_E,
+            heads, q_len, kv_len, *q.strides[:3], *k.strides[:3], *v.strides[:3],
+            *g.strides[:3], BLOCK_M=m, BLOCK_N=n, D=head_dim,
+            BLOCK_D=block_d, TMA=tma, CAUSAL=is_causal, PER_SAMPLE=c_out is not None,
+            PRECISION=dot_precision(q.dtype), num_warps=tile.num_warps,
+            num_stages=tile.num_stages, **constants,
+        ), boxes  # fmt: skip
+
+    key_tiles = triton.cdiv(kv_len, for_keys.block_n)
+    query_tiles = triton.cdiv(q_len, for_queries.block_m)
+    ragged = kv_len % for_queries.block_n != 0
+    return (
+        plan(dkdv_kernel, for_keys, key_tiles),
+        plan(dq_kernel, for_queries, query_tiles, RAGGED=ragged),
+    )
+
+
 def backward_launches(
     g, q, k, v, lse, delta, c_out, scale, is_causal
 ) -> tuple[tuple[torch.Tensor, ...], tuple[Callable[[], None], ...]]:
     """The results dq, dk, dv [B, N, H, D], and the two launches that fill them."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
-    block_d = triton.next_power_of_2(head_dim)
-    capability = architecture(q)
-    g = g.unflatten(-1, (heads, head_dim)).transpose(1, 2)
-    tma = copy_engine(q.dtype, capability) and descriptors_allowed(q, k, v, g)
+    sources = (q, k, v, g.unflatten(-1, (heads, head_dim)).transpose(1, 2))
     dq, dk, dv = (
         torch.empty((batch, n, heads, head_dim), dtype=q.dtype, device=q.device)
         for n in (q_len, kv_len, kv_len)
     )
-    c_out, _, per_sample = kernel_coefficients(c_out, c_out)
-    for_keys, for_queries = choose_backward_tiles(
-        head_dim, q.dtype, capability, tma, is_causal
-    )
+    c_out, _, _ = kernel_coefficients(c_out, c_out)
+    plans = backward_plans(
+        q.device, layout(sources[3]), layout(q), layout(k), layout(v), layout(lse),
+        layout(delta), layout(c_out), scale, is_causal,
+    )  # fmt: skip
 
-    def launch(kernel, tile, grid, *results, **constants):
-        sources = (q, k, v, g)
-        if tma:
-            m, n = tile.block_m, tile.block_n
-            sources = (
-                descriptor(t, rows, block_d)
-                for t, rows in zip(sources, (m, n, n, m), strict=True)
-            )
-        kernel[(batch * heads * grid,)](
-            *sources, *results, lse, delta, c_out, scale, scale * LOG2_E,
-            heads, q_len, kv_len, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *g.stride()[:3], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim,
-            BLOCK_D=block_d, TMA=tma, CAUSAL=is_causal, PER_SAMPLE=per_sample,
-            PRECISION=dot_precision(q.dtype), num_warps=tile.num_warps,
-            num_stages=tile.num_stages, **constants,
-        )  # fmt: skip
+    def launch(planned, *results):
+        plan, boxes = planned
+        read = sources
+        if boxes is not None:
+            read = (box.of(t) for box, t in zip(boxes, sources, strict=True))
+        plan.launch(*read, *results, lse, delta, c_out)
 
-    def dkdv():
-        launch(dkdv_kernel, for_keys, triton.cdiv(kv_len, for_keys.block_n), dk, dv)
-
-    def dq_alone():
-        ragged = kv_len % for_queries.block_n != 0
-        grid = triton.cdiv(q_len, for_queries.block_m)
-        launch(dq_kernel, for_queries, grid, dq, RAGGED=ragged)
-
-    return (dq, dk, dv), (dkdv, dq_alone)
+    dkdv = functools.partial(launch, plans[0], dk, dv)
+    return (dq, dk, dv), (dkdv, functools.partial(launch, plans[1], dq))
 
 
 def attention_backward(

@@ -7,9 +7,13 @@ x, f, g [B, N, C]; gate [B, C], one for all tokens of a sample, or [B, N, C].
 HBM, backward: reads g and f, writes df (and dgate, where every token has its own).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from rcmlib.ops.plan import PLANS, Layout, Plan, layout
 
 
 @triton.jit
@@ -54,14 +58,26 @@ def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
             tl.store(dgate + tl.cast(tile, tl.int64) * cols + c, sums, mask=c < cols)
 
 
+ROWS, COLS = 32, 128  # of one program's tile
+
+
+@functools.lru_cache(PLANS)
+def gate_backward_plan(device, grad, f, gate, df_dtype) -> Plan:
+    """The launch of `gate_backward_kernel` for these layouts."""
+    batch, rows, cols = grad.shape
+    return Plan(
+        gate_backward_kernel, batch * triton.cdiv(rows, ROWS) * triton.cdiv(cols, COLS),
+        rows, cols, *grad.strides[:2], *strides_of_gate(gate),
+        BLOCK_R=ROWS, BLOCK_C=COLS, PER_TOKEN=len(gate.shape) == 3,
+    )  # fmt: skip
+
+
 def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(df, dgate) from g = grad [B, N, C], f (contiguous) and the gate; empty if not asked for.
 
     df is computed if its dtype is given, dgate, in the gate's shape and dtype, if f is.
     """
     batch, rows, cols = grad.shape
-    block_r, block_c = 32, 128
-    row_tiles = triton.cdiv(rows, block_r)
     per_token = gate.ndim == 3
 
     def result(wanted, shape, dtype):
@@ -72,17 +88,17 @@ def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
     if per_token:
         dgate = result(f is not None, grad.shape, gate.dtype)
     else:
-        dgate = result(f is not None, (batch, row_tiles, cols), torch.float32)
-    gate_backward_kernel[(batch * row_tiles * triton.cdiv(cols, block_c),)](
-        grad, f, gate, df if df_dtype else None, dgate, rows, cols,
-        *grad.stride()[:2], *strides_of_gate(gate),
-        BLOCK_R=block_r, BLOCK_C=block_c, PER_TOKEN=per_token,
-    )  # fmt: skip
+        shape = batch, triton.cdiv(rows, ROWS), cols
+        dgate = result(f is not None, shape, torch.float32)
+    plan = gate_backward_plan(
+        grad.device, layout(grad), layout(f), layout(gate), df_dtype
+    )
+    plan.launch(grad, f, gate, df if df_dtype else None, dgate)
     if f is not None and not per_token:
         dgate = dgate.sum(1, dtype=torch.float64).to(gate.dtype)
     return df, dgate
 
 
-def strides_of_gate(gate: torch.Tensor) -> tuple[int, int]:
+def strides_of_gate(gate: Layout) -> tuple[int, int]:
     """Between samples and between tokens (0 for a gate [B, C]: all tokens share it)."""
-    return gate.stride(0), gate.stride(1) if gate.ndim == 3 else 0
+    return gate.strides[0], gate.strides[1] if len(gate.shape) == 3 else 0

@@ -11,6 +11,7 @@ written too where the backward pass needs it (for dc_out or dgate). Recomputing 
 matrix product, and (out − c_skip·x)/c_out loses all digits as c_out → 0.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,14 +20,15 @@ import triton.language as tl
 
 from rcmlib.ops import interpreting
 from rcmlib.ops.attention import (
-    architecture,
+    box_of_rows,
     copy_engine,
-    descriptor,
     descriptors_allowed,
+    device_capability,
     dot_precision,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
 from rcmlib.ops.gate import load_gate, strides_of_gate
+from rcmlib.ops.plan import PLANS, Box, Plan, layout
 
 
 @triton.jit
@@ -228,6 +230,47 @@ def choose_tile(
     return Tile(128, 128, 32, num_warps=8, num_stages=3, parts=4)
 
 
+@functools.lru_cache(PLANS)
+def projection_plan(
+    device, a, weight, bias, x, c_skip, c_out, save_f
+) -> tuple[Plan, tuple[Box, Box] | None]:
+    """The launch of `projection_kernel` for these layouts, and how to read a and weight.
+
+    The boxes are for the copy engine; None: by pointers.
+    """
+    batch, rows, depth = a.shape
+    cols = weight.shape[0]
+    rank = 0 if c_out is None else len(c_out.shape)
+    capability = device_capability(device)
+    tile = choose_tile(batch * rows, cols, depth, rank > 1, a.dtype, capability)
+    a4 = a._replace(
+        shape=(batch, 1, rows, depth), strides=(a.strides[0], 0, *a.strides[1:])
+    )
+    w4 = weight._replace(shape=(1, 1, cols, depth), strides=(0, 0, *weight.strides))
+    boxes = None
+    tma = copy_engine(a.dtype, capability) and descriptors_allowed(a4, w4)
+    if tma:
+        boxes = (
+            box_of_rows(a4, tile.block_m, tile.block_k),
+            box_of_rows(w4, tile.block_n, tile.block_k),
+        )
+    tiles = batch * triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
+    if tile.persistent and device.type == "cuda":
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        tiles = min(tiles, sms)
+    plan = Plan(
+        projection_kernel, tiles, batch, rows, cols, depth,
+        *a.strides[:2], weight.strides[0], *x.strides[:2],
+        *(strides_of_gate(c_out) if rank > 1 else (0, 0)),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        GROUP=tile.group, PARTS=tile.parts, PERSISTENT=tile.persistent, TMA=tma,
+        RAGGED=depth % tile.block_k != 0, C_OUT_RANK=rank,
+        PRECISION=dot_precision(a.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return plan, boxes
+
+
 def projection_forward(
     a, weight, bias, x, c_skip, c_out, save_f
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,38 +279,18 @@ def projection_forward(
     c_skip, c_out: two numbers or two [B]; or the number 1 and a gate [B, C] or [B, N, C].
     Returns (out, f); f, in a's dtype, is empty unless `save_f`.
     """
-    batch, rows, depth = a.shape
-    cols = weight.shape[0]
-    capability = architecture(a)
-    tile = choose_tile(batch * rows, cols, depth, c_out.ndim > 1, a.dtype, capability)
-    a4, w4 = a[:, None], weight[None, None]
-    tma = copy_engine(a.dtype, capability) and descriptors_allowed(a4, w4)
-    if tma:
-        sources = (
-            descriptor(a4, tile.block_m, tile.block_k),
-            descriptor(w4, tile.block_n, tile.block_k),
-        )
-    else:
-        sources = (a, weight)
-    out = torch.empty((batch, rows, cols), dtype=x.dtype, device=x.device)
-    f = torch.empty(out.shape if save_f else (0,), dtype=a.dtype, device=a.device)
-    rank, gate_strides = c_out.ndim, (0, 0)
-    if rank < 2:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    f = torch.empty(x.shape if save_f else (0,), dtype=a.dtype, device=a.device)
+    if c_out.ndim < 2:
         c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
     else:
-        c_skip, gate_strides = c_skip.item(), strides_of_gate(c_out)
-    tiles = batch * triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
-    if tile.persistent and a.is_cuda:
-        sms = torch.cuda.get_device_properties(a.device).multi_processor_count
-        tiles = min(tiles, sms)
-    projection_kernel[(tiles,)](
-        *sources, bias, x, out, f if save_f else None, c_skip, c_out,
-        batch, rows, cols, depth,
-        *a.stride()[:2], weight.stride(0), *x.stride()[:2], *gate_strides,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP=tile.group, PARTS=tile.parts, PERSISTENT=tile.persistent, TMA=tma,
-        RAGGED=depth % tile.block_k != 0, C_OUT_RANK=rank,
-        PRECISION=dot_precision(a.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        c_skip = c_skip.item()
+    plan, boxes = projection_plan(
+        a.device, layout(a), layout(weight), layout(bias), layout(x), layout(c_skip),
+        layout(c_out), save_f,
     )  # fmt: skip
+    sources = (a, weight)
+    if boxes is not None:
+        sources = (boxes[0].of(a), boxes[1].of(weight))
+    plan.launch(*sources, bias, x, out, f if save_f else None, c_skip, c_out)
     return out, f

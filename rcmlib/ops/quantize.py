@@ -15,6 +15,7 @@ leaves the softmax as it is (SageAttention, arXiv 2410.02367); of q and v with a
 HBM: each copy reads 2 bytes an element and writes 1; a mean or a range reads 2 more.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 
 from rcmlib.ops import interpreting
+from rcmlib.ops.plan import PLANS, Plan, layout
 
 PAD = 128  # tokens are padded to whole tiles of any size in use
 TINY = tl.constexpr(2.0**-110)  # a smaller maximum would overflow limit / maximum
@@ -189,13 +191,10 @@ class Columns(NamedTuple):
     top: torch.Tensor | None
 
 
-def columns(t: torch.Tensor, smooth: bool, ranged: bool) -> Columns:
-    """The mean of t's tokens (if `smooth`) and their largest distance from it (if `ranged`).
-
-    Exact, and so the same on every device, where float64 holds the sum exactly.
-    """
-    if not (smooth or ranged):
-        return Columns(None, None)
+@functools.lru_cache(PLANS)
+def columns_plans(device, t, smooth, ranged) -> tuple[Plan, Plan, int]:
+    """The launches of `columns_kernel` and `combine_kernel` for a t of this layout, and the
+    number of chunks between them."""
     batch, heads, length, dim = t.shape
     block_d = padded_dim(dim)
     block_n = 4096 // block_d
@@ -204,6 +203,28 @@ def columns(t: torch.Tensor, smooth: bool, ranged: bool) -> Columns:
     chunks = min(triton.cdiv(length, 4 * block_n), triton.cdiv(1024, batch * heads), 64)
     chunk = triton.cdiv(triton.cdiv(length, chunks), block_n) * block_n
     chunks = triton.cdiv(length, chunk)
+    parts = Plan(
+        columns_kernel, batch * heads * chunks, heads, length, chunk, *t.strides[:3],
+        D=dim, BLOCK_D=block_d, BLOCK_N=block_n, STAGES=3,
+    )  # fmt: skip
+    cols = 16
+    whole = Plan(
+        combine_kernel, batch * heads * block_d // cols, length, chunks,
+        BLOCK_D=block_d, COLS=cols, CHUNKS=triton.next_power_of_2(chunks), SMOOTH=smooth,
+    )  # fmt: skip
+    return parts, whole, chunks
+
+
+def columns(t: torch.Tensor, smooth: bool, ranged: bool) -> Columns:
+    """The mean of t's tokens (if `smooth`) and their largest distance from it (if `ranged`).
+
+    Exact, and so the same on every device, where float64 holds the sum exactly.
+    """
+    if not (smooth or ranged):
+        return Columns(None, None)
+    batch, heads, _, dim = t.shape
+    block_d = padded_dim(dim)
+    parts, whole, chunks = columns_plans(t.device, layout(t), smooth, ranged)
     empty = _empty_like(t)
     sums = empty((batch * heads * chunks, block_d), torch.float64)
     highs = lows = top = mean = None
@@ -212,16 +233,25 @@ def columns(t: torch.Tensor, smooth: bool, ranged: bool) -> Columns:
         top = empty((batch, heads, block_d), torch.float32)
     if smooth:
         mean = empty((batch, heads, block_d), torch.float32)
-    columns_kernel[(batch * heads * chunks,)](
-        t, sums, highs, lows, heads, length, chunk, *t.stride()[:3],
-        D=dim, BLOCK_D=block_d, BLOCK_N=block_n, STAGES=3,
-    )  # fmt: skip
-    cols = 16
-    combine_kernel[(batch * heads * block_d // cols,)](
-        sums, highs, lows, mean, top, length, chunks, BLOCK_D=block_d, COLS=cols,
-        CHUNKS=triton.next_power_of_2(chunks), SMOOTH=smooth,
-    )  # fmt: skip
+    parts.launch(t, sums, highs, lows)
+    whole.launch(sums, highs, lows, mean, top)
     return Columns(mean, top)
+
+
+@functools.lru_cache(PLANS)
+def int8_plan(device, t, mean, group) -> Plan:
+    """The launch of `int8_kernel` for a t and a mean of these layouts."""
+    batch, heads, length, dim = t.shape
+    block_d = padded_dim(dim)
+    padded = padded_length(length)
+    block_n = max(group, min(PAD, 4096 // block_d))
+    return Plan(
+        int8_kernel, batch * heads * padded // block_n,
+        heads, length, padded, padded // group, *t.strides[:3],
+        D=dim, BLOCK_D=block_d, BLOCK_N=block_n, GROUP=group,
+        enable_fp_fusion=False,  # the product is rounded before ROUNDER is added
+        num_warps=max(4, block_n * block_d // 2048),  # 64 elements a thread
+    )  # fmt: skip
 
 
 def quantize_int8(
@@ -234,20 +264,28 @@ def quantize_int8(
     the softmax's scale and log2 e along for free.
     """
     batch, heads, length, dim = t.shape
+    padded = padded_length(length)
+    empty = _empty_like(t)
+    out = empty((batch, heads, padded, padded_dim(dim)), torch.int8)
+    scales = empty((batch, heads, padded // group), torch.float32)
+    plan = int8_plan(t.device, layout(t), layout(mean), group)
+    plan.launch(t, mean, out, scales, factor)
+    return out, scales
+
+
+@functools.lru_cache(PLANS)
+def values_plan(device, v, mean, top, fp8) -> Plan:
+    """The launch of `values_kernel` for a v of this layout."""
+    batch, heads, length, dim = v.shape
     block_d = padded_dim(dim)
     padded = padded_length(length)
-    block_n = max(group, min(PAD, 4096 // block_d))
-    num_warps = block_n * block_d // 2048  # 64 elements a thread
-    empty = _empty_like(t)
-    out = empty((batch, heads, padded, block_d), torch.int8)
-    scales = empty((batch, heads, padded // group), torch.float32)
-    int8_kernel[(batch * heads * padded // block_n,)](
-        t, mean, out, scales, factor, heads, length, padded, padded // group,
-        *t.stride()[:3], D=dim, BLOCK_D=block_d, BLOCK_N=block_n, GROUP=group,
-        enable_fp_fusion=False,  # the product is rounded before ROUNDER is added
-        num_warps=max(4, num_warps),
+    block_n = min(PAD, max(16, 16384 // block_d))
+    return Plan(
+        values_kernel, batch * heads * padded // block_n,
+        heads, length, padded, *v.strides[:3],
+        D=dim, BLOCK_D=block_d, BLOCK_N=block_n, FP8=fp8, NATIVE=not interpreting(),
+        enable_fp_fusion=False,
     )  # fmt: skip
-    return out, scales
 
 
 def quantize_values(
@@ -262,17 +300,12 @@ def quantize_values(
     Multiply by top/limit to have v − mean back.
     """
     batch, heads, length, dim = v.shape
-    block_d = padded_dim(dim)
-    padded = padded_length(length)
-    block_n = min(PAD, max(16, 16384 // block_d))
+    padded, block_d = padded_length(length), padded_dim(dim)
     shape = (block_d, padded) if fp8 else (padded, block_d)
     dtype = torch.float8_e4m3fn if fp8 else torch.float16
     out = _empty_like(v)((batch, heads, *shape), dtype)
-    values_kernel[(batch * heads * padded // block_n,)](
-        v, mean, top, out, limit, heads, length, padded, *v.stride()[:3],
-        D=dim, BLOCK_D=block_d, BLOCK_N=block_n, FP8=fp8, NATIVE=not interpreting(),
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    plan = values_plan(v.device, layout(v), layout(mean), layout(top), fp8)
+    plan.launch(v, mean, top, out, limit)
     return out
 
 

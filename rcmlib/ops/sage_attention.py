@@ -13,22 +13,25 @@ SageAttention2: arXiv 2411.10958; 2++: arXiv 2505.21136. x, out [B, Nq, H·D].
 HBM: the 8-bit copies and x are read, out is written.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rcmlib.ops import interpreting
 from rcmlib.ops.attention import (
     LOG2_E,
     architecture,
     copy_engine,
+    device_capability,
     key_range,
     own_rows,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
+from rcmlib.ops.plan import PLANS, Box, Layout, Plan, layout
 from rcmlib.ops.quantize import (
     E4M3_MAX,
     columns,
@@ -275,38 +278,62 @@ def sage_attention_forward(
     return attend_quantized(operands, x, c_skip, c_out, is_causal, *sizes, dtype)
 
 
+@functools.lru_cache(PLANS)
+def sage_plan(
+    device, operands, x, c_skip, c_out, pv, is_causal, q_len, head_dim, kv_len, dtype
+) -> tuple[Plan, tuple[Box, ...] | None]:
+    """The launch of `sage_attention_kernel` for these layouts, and how to read q, k and v.
+
+    operands: of the tensors of `Operands`. The boxes are for the copy engine; None: by
+    pointers.
+    """
+    q, k, v, q_scale, k_scale, *_ = operands
+    batch, heads, q_padded, block_d = q.shape
+    kv_padded = k.shape[2]
+    capability = device_capability(device)
+    tile = choose_sage_tile(head_dim, pv, capability)
+    tma = copy_engine(torch.int8, capability)
+    boxes = None
+    if tma:
+        boxes = tuple(map(box_of_matrix, (q, k, v), operand_boxes(tile, block_d, pv)))
+    plan = Plan(
+        sage_attention_kernel, batch * heads * triton.cdiv(q_len, tile.block_m),
+        heads, q_len, kv_len, q_padded, kv_padded,
+        *(x.strides[:2] if x is not None else (0, 0)),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
+        Q_GROUP=q_padded // q_scale.shape[2], K_GROUP=kv_padded // k_scale.shape[2],
+        TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
+        PER_SAMPLE=c_skip is not None, PV=pv, NATIVE=not interpreting(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
+    )  # fmt: skip
+    return plan, boxes
+
+
 def attend_quantized(
     operands: Operands, x, c_skip, c_out, is_causal, q_len, head_dim, kv_len, dtype
 ) -> torch.Tensor:
     """Launches `sage_attention_kernel`: [B, Nq, H·D] in `dtype`; without x, attention alone."""
-    q, k, v, q_scale, k_scale, v_top, v_mean, bias, v_limit, pv = operands
-    batch, heads, q_padded, block_d = q.shape
-    kv_padded = k.shape[2]
-    capability = architecture(q)
-    tile = choose_sage_tile(head_dim, pv, capability)
+    *tensors, v_limit, pv = operands
+    q, k, v, *others = tensors
+    batch, heads = q.shape[:2]
     out = torch.empty((batch, q_len, heads * head_dim), dtype=dtype, device=q.device)
-    per_sample = False
     if x is not None:
-        c_skip, c_out, per_sample = kernel_coefficients(c_skip, c_out)
-    tma = copy_engine(torch.int8, capability)
-    sources = (q, k, v)
-    if tma:
-        boxes = operand_boxes(tile, block_d, pv)
-        sources = (
-            TensorDescriptor.from_tensor(t.flatten(0, 2), box)
-            for t, box in zip(sources, boxes, strict=True)
-        )
-    sage_attention_kernel[(batch * heads * triton.cdiv(q_len, tile.block_m),)](
-        *sources, q_scale, k_scale, v_top, v_mean, bias, x, out, c_skip, c_out,
-        1 / v_limit, heads, q_len, kv_len, q_padded, kv_padded,
-        *(x.stride()[:2] if x is not None else (0, 0)),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
-        Q_GROUP=q_padded // q_scale.shape[2], K_GROUP=kv_padded // k_scale.shape[2],
-        TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
-        PER_SAMPLE=per_sample, PV=pv, NATIVE=not interpreting(),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
+        c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
+    plan, boxes = sage_plan(
+        q.device, tuple(map(layout, tensors)), layout(x), layout(c_skip), layout(c_out),
+        pv, is_causal, q_len, head_dim, kv_len, dtype,
     )  # fmt: skip
+    sources = (q, k, v)
+    if boxes is not None:
+        sources = (boxes[0].of(q), boxes[1].of(k), boxes[2].of(v))
+    plan.launch(*sources, *others, x, out, c_skip, c_out, 1 / v_limit)
     return out
+
+
+def box_of_matrix(t: Layout, block: list[int]) -> Box:
+    """A contiguous tensor as a matrix: all its rows below one another."""
+    cols = t.shape[-1]
+    return Box([math.prod(t.shape[:-1]), cols], [cols, 1], block)
 
 
 def operand_boxes(tile, block_d: int, pv: str) -> list[list[int]]:

@@ -10,11 +10,14 @@ HBM: forward reads x and f once and writes out once, backward reads g and writes
 (and reads x and f, if their coefficients want a gradient). The roofline is a copy's.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
+from rcmlib.ops.plan import PLANS, Plan, layout
 
 TILE = 4096  # elements a program: 8 KiB a tensor in bf16, 32 elements a thread
 
@@ -79,18 +82,43 @@ def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows
         tl.store(f_dots + dots_here, tl.sum(g * f_tile.to(tl.float32), 1), r < rows)
 
 
+@functools.lru_cache(PLANS)
+def skip_plan(device, x, f, c_skip, c_out) -> Plan:
+    """The launch of `skip_kernel` for these layouts."""
+    batch, rows, cols = x.shape
+    block_r, block_c = tile(rows, cols)
+    return Plan(
+        skip_kernel, batch * triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),
+        rows, cols, *x.strides[:2], *f.strides[:2],
+        BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=c_skip is not None,
+    )  # fmt: skip
+
+
 def skip_forward(x, f, c_skip, c_out) -> torch.Tensor:
     """Launches `skip_kernel` on checked inputs x, f [B, R, C] (see `rcmlib.rcm_skip`)."""
-    batch, rows, cols = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_r, block_c = tile(rows, cols)
-    grid = (batch * triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),)
-    c_skip, c_out, per_sample = kernel_coefficients(c_skip, c_out)
-    skip_kernel[grid](
-        x, f, out, c_skip, c_out, rows, cols, *x.stride()[:2], *f.stride()[:2],
-        BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=per_sample,
-    )  # fmt: skip
+    c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
+    plan = skip_plan(x.device, layout(x), layout(f), layout(c_skip), layout(c_out))
+    plan.launch(x, f, out, c_skip, c_out)
     return out
+
+
+@functools.lru_cache(PLANS)
+def skip_backward_plan(
+    device, grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype
+) -> Plan:
+    """The launch of `skip_backward_kernel` for these layouts."""
+    batch, rows, cols = grad.shape
+    width = width or tile(rows, cols)[1]
+    block_r, block_c = tile(rows, width)
+    return Plan(
+        skip_backward_kernel,
+        batch * triton.cdiv(rows, block_r) * triton.cdiv(cols, width),
+        rows, cols, *grad.strides[:2],
+        *(x.strides[:2] if x is not None else (0, 0)),
+        *(f.strides[:2] if f is not None else (0, 0)),
+        WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=c_skip is not None,
+    )  # fmt: skip
 
 
 def skip_backward(
@@ -102,27 +130,24 @@ def skip_backward(
     given: float32 [B, C / width, R], each over `width` neighbouring columns (an attention
     head, say; None leaves the choice here).
     """
-    batch, rows, cols = grad.shape
-    dots = dots_shape(grad.shape, width)
-    width = width or tile(rows, cols)[1]
-    block_r, block_c = tile(rows, width)
 
     def result(wanted, shape, dtype):
         shape = shape if wanted else (0,)
         return torch.empty(shape, dtype=dtype or grad.dtype, device=grad.device)
 
+    dots = dots_shape(grad.shape, width)
     dx = result(dx_dtype, grad.shape, dx_dtype)
     df = result(df_dtype, grad.shape, df_dtype)
     x_dots = result(x is not None, dots, torch.float32)
     f_dots = result(f is not None, dots, torch.float32)
-    c_skip, c_out, per_sample = kernel_coefficients(c_skip, c_out)
-    grid = (batch * triton.cdiv(rows, block_r) * dots[1],)
-    skip_backward_kernel[grid](
+    c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
+    plan = skip_backward_plan(
+        grad.device, layout(grad), layout(x), layout(f), layout(c_skip), layout(c_out),
+        width, dx_dtype, df_dtype,
+    )  # fmt: skip
+    plan.launch(
         grad, x, f, dx if dx_dtype else None, df if df_dtype else None, x_dots, f_dots,
-        c_skip, c_out, rows, cols, *grad.stride()[:2],
-        *(x.stride()[:2] if x is not None else (0, 0)),
-        *(f.stride()[:2] if f is not None else (0, 0)),
-        WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=per_sample,
+        c_skip, c_out,
     )  # fmt: skip
     return dx, df, x_dots, f_dots
 
