@@ -50,7 +50,7 @@ def check_device_of(name: str, t: Tensor, first_name: str, first: Tensor) -> Non
 
 def check_contiguous_rows(name: str, t: Tensor) -> None:
     """The last dimension has to be contiguous; the others may have any strides."""
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
+    if t.stride()[-1] != 1 and t.shape[-1] > 1:
         raise ValueError(
             f"{name} must have a contiguous last dimension, got strides {t.stride()}; "
             f"call {name}.contiguous()"
@@ -88,7 +88,7 @@ def _coefficient(name: str, c, x: Tensor) -> Tensor:
         return constant(c)
     if not c.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {c.dtype}")
-    if c.ndim != 0 and c.shape != x.shape[:1]:
+    if c.ndim != 0 and (c.ndim != 1 or c.shape[0] != x.shape[0]):
         raise ValueError(
             f"{name} must be a number or of shape [{x.shape[0]}], got {dims(c)}"
         )
@@ -101,7 +101,7 @@ def _coefficient(name: str, c, x: Tensor) -> Tensor:
 
 def constant(c: float) -> Tensor:
     """A number as the kernels read it: on the CPU, whatever torch's default device is."""
-    return torch.tensor(c, dtype=torch.float64, device="cpu")
+    return torch.scalar_tensor(c, dtype=torch.float64, device="cpu")
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -41,19 +41,22 @@ def rcm_skip(
     if f.shape != x.shape:
         raise ValueError(f"f must have x's shape {dims(x)}, got {dims(f)}")
     c_skip, c_out = coefficients(c_skip, c_out, x)
+    training = wants_grad(x, f, c_skip, c_out)
+    if not training and x.is_contiguous() and f.is_contiguous():
+        return torch.ops.rcmlib.skip(
+            x, f, c_skip, c_out
+        )  # saves the time of three views
     tiles = [_rows_of_samples(name, t) for name, t in (("x", x), ("f", f))]
     if tiles[0].shape != tiles[1].shape:  # one is contiguous, the other has gaps
         tiles = [t.view(tiles[0].shape[0], -1, x.shape[-1]) for t in tiles]
-    arguments = (*tiles, c_skip, c_out)
-    if wants_grad(*arguments):
-        return _Skip.apply(*arguments).view(x.shape)
-    return torch.ops.rcmlib.skip(*arguments).view(x.shape)
+    function = _Skip.apply if training else torch.ops.rcmlib.skip
+    return function(*tiles, c_skip, c_out).view(x.shape)
 
 
 def _rows_of_samples(name: str, t: Tensor) -> Tensor:
     """t [B, …] as a view [B, 1, M] if its samples are dense, else [B, R, C]."""
     batch = t.shape[0]
-    if t.is_contiguous() or t[0].is_contiguous():
+    if t[0].is_contiguous():
         return t.view(batch, 1, -1)
     try:
         rows = t.view(batch, -1, t.shape[-1])
@@ -72,6 +75,7 @@ def _rows_of_samples(name: str, t: Tensor) -> Tensor:
 
 @operator
 def _skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
+    """x, f: [B, R, C], or contiguous [B, …]."""
     ops.check_device("x", x.device)
     from rcmlib.ops.skip import skip_forward
 

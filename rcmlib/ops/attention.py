@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
-from rcmlib.ops.plan import PLANS, Box, Layout, Plan, layout
+from rcmlib.ops.plan import (
+    PLANS,
+    Box,
+    Plan,
+    box_of_rows,
+    descriptors_allowed,
+    layout,
+)
 
 LOG2_E = math.log2(math.e)  # exp(s) = exp2(s·log2 e), and exp2 is one GPU instruction
 
@@ -280,28 +287,6 @@ def dot_precision(dtype: torch.dtype) -> str:
 def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """Do tensor descriptors pay here? Where they feed wgmma (sm_90) or tcgen05 (sm_100)."""
     return dtype != torch.float32 and capability[0] in (9, 10)
-
-
-def descriptors_allowed(*layouts: Layout) -> bool:
-    """Can the copy engine address these? Base and strides in multiples of 16 bytes."""
-    return all(
-        t.aligned
-        and all(
-            stride > 0 and stride * t.dtype.itemsize % 16 == 0
-            for stride, size in zip(t.strides[:-1], t.shape[:-1], strict=True)
-            if size > 1
-        )
-        for t in layouts
-    )
-
-
-def box_of_rows(t: Layout, rows: int, block_d: int) -> Box:
-    """A tensor [B, H, N, D] as boxes of `rows` tokens of one head."""
-    # The stride of a dimension of size 1 is never used, but has to look aligned.
-    strides = [
-        s if n > 1 else 16 for s, n in zip(t.strides[:-1], t.shape[:-1], strict=True)
-    ]
-    return Box(list(t.shape), [*strides, 1], [1, 1, rows, block_d])
 
 
 @functools.lru_cache(PLANS)

@@ -25,9 +25,7 @@ import triton.language as tl
 from rcmlib.ops.attention import (
     LOG2_E,
     Tile,
-    box_of_rows,
     copy_engine,
-    descriptors_allowed,
     device_capability,
     dot_precision,
     key_range,
@@ -35,7 +33,14 @@ from rcmlib.ops.attention import (
     own_rows,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient
-from rcmlib.ops.plan import PLANS, Box, Plan, layout
+from rcmlib.ops.plan import (
+    PLANS,
+    Box,
+    Plan,
+    box_of_rows,
+    descriptors_allowed,
+    layout,
+)
 
 
 @triton.jit

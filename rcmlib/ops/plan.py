@@ -5,6 +5,7 @@ them out, and having Triton bind some 30 arguments and look up what it compiled 
 longer than everything else in a call together. So launchers cache their plans by layout.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,19 @@ class Layout(NamedTuple):
 
 
 def layout(t) -> Layout | None:
-    """None for None, and for a number."""
+    """None for None, and for a number: a launch does not depend on its value."""
     if not isinstance(t, torch.Tensor):
         return None
     return Layout(t.dtype, t.shape, t.stride(), t.data_ptr() % 16 == 0)
+
+
+def is_contiguous(t: Layout) -> bool:
+    stride = 1
+    for size, actual in zip(reversed(t.shape), reversed(t.strides), strict=True):
+        if size > 1 and actual != stride:
+            return False
+        stride *= size
+    return True
 
 
 class Plan:
@@ -68,7 +78,35 @@ class Box(NamedTuple):
 
 
 class _Checked(TensorDescriptor):
-    """Without the checks of every call: a layout's boxes are checked when they are planned."""
+    """Without the checks at every call. Planning makes sure of what they ask."""
 
     def __post_init__(self):
         pass
+
+
+def descriptors_allowed(*layouts: Layout) -> bool:
+    """Can the copy engine address these? Base and strides in multiples of 16 bytes."""
+    return all(
+        t.aligned
+        and all(
+            stride > 0 and stride * t.dtype.itemsize % 16 == 0
+            for stride, size in zip(t.strides[:-1], t.shape[:-1], strict=True)
+            if size > 1
+        )
+        for t in layouts
+    )
+
+
+def box_of_rows(t: Layout, rows: int, block_d: int) -> Box:
+    """A tensor [B, H, N, D] as boxes of `rows` tokens of one head."""
+    # The stride of a dimension of size 1 is never used, but has to look aligned.
+    strides = [
+        s if n > 1 else 16 for s, n in zip(t.strides[:-1], t.shape[:-1], strict=True)
+    ]
+    return Box(list(t.shape), [*strides, 1], [1, 1, rows, block_d])
+
+
+def box_of_matrix(t: Layout, block: list[int]) -> Box:
+    """A contiguous tensor as a matrix: all its rows below one another."""
+    cols = t.shape[-1]
+    return Box([math.prod(t.shape[:-1]), cols], [cols, 1], block)

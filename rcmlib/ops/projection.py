@@ -19,16 +19,17 @@ import triton
 import triton.language as tl
 
 from rcmlib.ops import interpreting
-from rcmlib.ops.attention import (
-    box_of_rows,
-    copy_engine,
-    descriptors_allowed,
-    device_capability,
-    dot_precision,
-)
+from rcmlib.ops.attention import copy_engine, device_capability, dot_precision
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
 from rcmlib.ops.gate import load_gate, strides_of_gate
-from rcmlib.ops.plan import PLANS, Box, Plan, layout
+from rcmlib.ops.plan import (
+    PLANS,
+    Box,
+    Plan,
+    box_of_rows,
+    descriptors_allowed,
+    layout,
+)
 
 
 @triton.jit

@@ -14,7 +14,6 @@ HBM: the 8-bit copies and x are read, out is written.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from rcmlib.ops.attention import (
     own_rows,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
-from rcmlib.ops.plan import PLANS, Box, Layout, Plan, layout
+from rcmlib.ops.plan import PLANS, Box, Plan, box_of_matrix, layout
 from rcmlib.ops.quantize import (
     E4M3_MAX,
     columns,
@@ -328,12 +327,6 @@ def attend_quantized(
         sources = (boxes[0].of(q), boxes[1].of(k), boxes[2].of(v))
     plan.launch(*sources, *others, x, out, c_skip, c_out, 1 / v_limit)
     return out
-
-
-def box_of_matrix(t: Layout, block: list[int]) -> Box:
-    """A contiguous tensor as a matrix: all its rows below one another."""
-    cols = t.shape[-1]
-    return Box([math.prod(t.shape[:-1]), cols], [cols, 1], block)
 
 
 def operand_boxes(tile, block_d: int, pv: str) -> list[list[int]]:

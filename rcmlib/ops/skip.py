@@ -11,13 +11,14 @@ HBM: forward reads x and f once and writes out once, backward reads g and writes
 """
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
-from rcmlib.ops.plan import PLANS, Plan, layout
+from rcmlib.ops.plan import PLANS, Plan, is_contiguous, layout
 
 TILE = 4096  # elements a program: 8 KiB a tensor in bf16, 32 elements a thread
 
@@ -85,6 +86,12 @@ def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows
 @functools.lru_cache(PLANS)
 def skip_plan(device, x, f, c_skip, c_out) -> Plan:
     """The launch of `skip_kernel` for these layouts."""
+    if is_contiguous(x) and is_contiguous(f):  # one row a sample: every tile is full
+        cols = math.prod(x.shape[1:])
+        x, f = (
+            t._replace(shape=(x.shape[0], 1, cols), strides=(cols, cols, 1))
+            for t in (x, f)
+        )
     batch, rows, cols = x.shape
     block_r, block_c = tile(rows, cols)
     return Plan(
@@ -95,7 +102,10 @@ def skip_plan(device, x, f, c_skip, c_out) -> Plan:
 
 
 def skip_forward(x, f, c_skip, c_out) -> torch.Tensor:
-    """Launches `skip_kernel` on checked inputs x, f [B, R, C] (see `rcmlib.rcm_skip`)."""
+    """Launches `skip_kernel` on checked inputs (see `rcmlib.rcm_skip`).
+
+    x, f: [B, R, C] with a contiguous last dimension, or contiguous [B, …].
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
     plan = skip_plan(x.device, layout(x), layout(f), layout(c_skip), layout(c_out))
