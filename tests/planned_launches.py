@@ -100,25 +100,26 @@ def launch_all(batch, q_len, kv_len, dim, dtype, x_dtype, offset, pad):
     for (c_skip, c_out), flag in zip(
         coefficients(batch), (False, True, False, True), strict=True
     ):
+        scale = 1.0 if flag else 0.25
         for residual in (x, None):
             for save in (False, True):
                 attention.attention_forward(
-                    q, k, v, residual, c_skip, c_out, 0.5, flag, save
+                    q, k, v, residual, c_skip, c_out, scale, flag, save
                 )
             smooth = (flag, not flag, flag)
             for pv in ("fp8", "fp16"):
                 sage_attention_forward(
-                    q, k, v, residual, c_skip, c_out, 0.5, flag, *smooth, pv
+                    q, k, v, residual, c_skip, c_out, scale, flag, *smooth, pv
                 )
         _, f, lse = attention.attention_forward(
-            q, k, v, x, c_skip, c_out, 0.5, flag, True
+            q, k, v, x, c_skip, c_out, scale, flag, True
         )
         for wanted, width in ((None, dim), (dtype, None), (FP32, dim)):
             skip.skip_backward(
                 x, x if flag else None, f, c_skip, c_out, width, wanted, x_dtype
             )
         attention_backward.attention_backward(
-            a, q, k, v, lse, lse.clone(), c_out, 0.5, flag
+            a, q, k, v, lse, lse.clone(), c_out, scale, flag
         )
         skip.skip_forward(x, a, c_skip, c_out)
         for b, save in ((bias, flag), (None, not flag)):

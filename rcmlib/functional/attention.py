@@ -21,6 +21,7 @@ from rcmlib.functional.gradients import (
     coefficient_grad,
     dense_rows,
     once_differentiable,
+    signed,
     wanted,
     wants_grad,
 )
@@ -211,6 +212,7 @@ class _Attention(torch.autograd.Function):
     """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
 
     @staticmethod
+    @signed
     def forward(q, k, v, x, c_skip, c_out, scale, is_causal):
         return torch.ops.rcmlib.attention_saving(
             q, k, v, x, c_skip, c_out, scale, is_causal

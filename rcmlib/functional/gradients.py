@@ -1,6 +1,7 @@
 """What the operations' gradients share: who wants one, how often, and sums in float64."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,6 +28,12 @@ def wanted(values: Sequence, needs_input_grad: Sequence[bool]) -> tuple:
         v if needed else None
         for v, needed in zip(values, needs_input_grad, strict=False)
     )
+
+
+def signed(forward: Callable) -> Callable:
+    """forward with its signature, which Function.apply would else work out at every call."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
 
 
 def once_differentiable(backward: Callable) -> Callable:

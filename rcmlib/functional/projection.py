@@ -19,6 +19,7 @@ from rcmlib.functional.gradients import (
     coefficient_grad,
     dense_rows,
     once_differentiable,
+    signed,
     wanted,
     wants_grad,
 )
@@ -164,6 +165,7 @@ class _Projection(torch.autograd.Function):
     """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
 
     @staticmethod
+    @signed
     def forward(a, weight, bias, x, c_skip, c_out, save_f):
         return torch.ops.rcmlib.projection(a, weight, bias, x, c_skip, c_out, save_f)
 

@@ -15,6 +15,7 @@ from rcmlib.functional.gradients import (
     coefficient_grad,
     dense_rows,
     once_differentiable,
+    signed,
     wanted,
     wants_grad,
 )
@@ -120,6 +121,7 @@ class _Skip(torch.autograd.Function):
     """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
 
     @staticmethod
+    @signed
     def forward(x, f, c_skip, c_out):
         return torch.ops.rcmlib.skip(x, f, c_skip, c_out)
 

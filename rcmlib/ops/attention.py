@@ -291,7 +291,7 @@ def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
 
 @functools.lru_cache(PLANS)
 def attention_plan(
-    device, q, k, v, x, c_skip, c_out, scale, is_causal, save
+    device, q, k, v, x, c_skip, c_out, is_causal, save
 ) -> tuple[Plan, tuple[Box, ...] | None]:
     """The launch of `attention_kernel` for these layouts, and how to read q, k and v.
 
@@ -310,7 +310,7 @@ def attention_plan(
         boxes = tuple(map(box_of_rows, (q, k, v), rows, (block_d,) * 3))
     plan = Plan(
         attention_kernel, batch * heads * triton.cdiv(q_len, tile.block_m << tile.two),
-        scale * LOG2_E, heads, q_len, kv_len,
+        heads, q_len, kv_len,
         *q.strides[:3], *k.strides[:3], *v.strides[:3],
         *(x.strides[:2] if x is not None else (0, 0)),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
@@ -342,10 +342,11 @@ def attention_forward(
         c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
     plan, boxes = attention_plan(
         device, layout(q), layout(k), layout(v), layout(x), layout(c_skip),
-        layout(c_out), scale, is_causal, save,
+        layout(c_out), is_causal, save,
     )  # fmt: skip
     sources = (q, k, v)
     if boxes is not None:
         sources = (boxes[0].of(q), boxes[1].of(k), boxes[2].of(v))
-    plan.launch(*sources, x, out, None if x is None else f, lse, c_skip, c_out)
+    f_out = None if x is None else f
+    plan.launch(*sources, x, out, f_out, lse, c_skip, c_out, scale * LOG2_E)
     return (out, f, lse) if save else (out,)

@@ -230,7 +230,7 @@ def choose_backward_tiles(
 
 @functools.lru_cache(PLANS)
 def backward_plans(
-    device, g, q, k, v, lse, delta, c_out, scale, is_causal
+    device, g, q, k, v, lse, delta, c_out, is_causal
 ) -> tuple[tuple[Plan, tuple[Box, ...] | None], ...]:
     """For each of the two kernels its launch for these layouts, and how to read q, k, v, g.
 
@@ -252,7 +252,7 @@ def backward_plans(
         if tma:
             boxes = tuple(map(box_of_rows, sources, (m, n, n, m), (block_d,) * 4))
         return Plan(
-            kernel, batch * heads * programs, scale, scale * LOG2_E,
+            kernel, batch * heads * programs,
             heads, q_len, kv_len, *q.strides[:3], *k.strides[:3], *v.strides[:3],
             *g.strides[:3], BLOCK_M=m, BLOCK_N=n, D=head_dim,
             BLOCK_D=block_d, TMA=tma, CAUSAL=is_causal, PER_SAMPLE=c_out is not None,
@@ -283,7 +283,7 @@ def backward_launches(
     c_out, _, _ = kernel_coefficients(c_out, c_out)
     plans = backward_plans(
         q.device, layout(sources[3]), layout(q), layout(k), layout(v), layout(lse),
-        layout(delta), layout(c_out), scale, is_causal,
+        layout(delta), layout(c_out), is_causal,
     )  # fmt: skip
 
     def launch(planned, *results):
@@ -291,7 +291,7 @@ def backward_launches(
         read = sources
         if boxes is not None:
             read = (box.of(t) for box, t in zip(boxes, sources, strict=True))
-        plan.launch(*read, *results, lse, delta, c_out)
+        plan.launch(*read, *results, lse, delta, c_out, scale, scale * LOG2_E)
 
     dkdv = functools.partial(launch, plans[0], dk, dv)
     return (dq, dk, dv), (dkdv, functools.partial(launch, plans[1], dq))

@@ -58,7 +58,8 @@ class Plan:
         self.rest = (*numbers, *(constants[n] for n in names if n in constants))
 
     def launch(self, *tensors) -> None:
-        """tensors: the kernel's first arguments, tensors, descriptors, coefficients or None."""
+        """tensors: the kernel's first arguments; tensors, descriptors, None, and floats, on
+        whose values Triton never specialises."""
         if self.compiled is None:
             launch = self.kernel[self.grid]
             self.compiled = launch(*tensors, *self.numbers, **self.constants)

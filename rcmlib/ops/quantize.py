@@ -229,7 +229,7 @@ def columns(t: torch.Tensor, smooth: bool, ranged: bool) -> Columns:
     sums = empty((batch * heads * chunks, block_d), torch.float64)
     highs = lows = top = mean = None
     if ranged:
-        highs, lows = empty((2, batch * heads * chunks, block_d), torch.float32)
+        highs, lows = (empty(sums.shape, torch.float32) for _ in range(2))
         top = empty((batch, heads, block_d), torch.float32)
     if smooth:
         mean = empty((batch, heads, block_d), torch.float32)
@@ -310,12 +310,12 @@ def quantize_values(
 
 
 def padded_length(length: int) -> int:
-    return triton.cdiv(length, PAD) * PAD
+    return -(-length // PAD) * PAD
 
 
 def padded_dim(dim: int) -> int:
     """8-bit matrix instructions take 32 channels at a time."""
-    return max(32, triton.next_power_of_2(dim))
+    return max(32, 1 << (dim - 1).bit_length())
 
 
 def _empty_like(t: torch.Tensor):
