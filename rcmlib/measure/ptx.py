@@ -102,7 +102,8 @@ def _compile(job: Job) -> Compiled:
 
 
 def tile_options(tile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return options | {"maxnreg": getattr(tile, "maxnreg", None)}
 
 
 def _attention(job: Job):
@@ -240,7 +241,7 @@ def _sage(job: Job):
     if not job.skip:
         constants |= dict.fromkeys(("x", "c_skip", "c_out"))
     types = {name: kind for name, kind in types.items() if name not in constants}
-    return kernel, types, constants, tile_options(tile) | {"maxnreg": tile.maxnreg}
+    return kernel, types, constants, tile_options(tile)
 
 
 def _exp2(job: Job):

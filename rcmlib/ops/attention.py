@@ -60,7 +60,8 @@ def weigh(s, m, l, qk_scale, j, first_row, kv_len, CAUSAL: tl.constexpr,
     """The softmax's step for the scores s of the key tile at j: (p, alpha, m, l).
 
     Per query row: m is the largest score so far (in units of log2), l the sum of
-    p = exp2(score − m). A larger m rescales what was summed before by alpha.
+    p = exp2(score − m), in eight parts: on Hopper each is one thread's own. A larger m
+    rescales what was summed before by alpha.
     """
     if MASK:
         cols = j + tl.arange(0, s.shape[1])[None, :]
@@ -72,7 +73,8 @@ def weigh(s, m, l, qk_scale, j, first_row, kv_len, CAUSAL: tl.constexpr,
     m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
     p = tl.exp2(s * qk_scale - m_new[:, None])
     alpha = tl.exp2(m - m_new)
-    return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+    parts = p.reshape(p.shape[0], p.shape[1] // 8, 8)
+    return p, alpha, m_new, l * alpha[:, None] + tl.sum(parts, 1)
 
 
 @triton.jit
@@ -148,6 +150,7 @@ def finish(acc, m, l, xt, x, out, saved_f, lse, c_skip, c_out, b, h, first_row,
     inside = (rows < q_len) & (d < D)
     # In 64 bits: offsets pass 2³¹ in large tensors.
     b64, n64 = tl.cast(b, tl.int64), rows.to(tl.int64)
+    l = tl.sum(l, 1)
     f = acc * (1 / l)[:, None]
     out_tile = (b64 * q_len + n64) * heads * D + h * D + d
     if saved_f is not None:
@@ -159,7 +162,9 @@ def finish(acc, m, l, xt, x, out, saved_f, lse, c_skip, c_out, b, h, first_row,
         f = skip_epilogue(xt.to(tl.float32), f,
                           load_coefficient(c_skip, b, PER_SAMPLE),
                           load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
-    tl.store(out + out_tile, f.to(out.dtype.element_ty), mask=inside)
+    # No program comes back to x or out: in L2 they make room for k and v.
+    tl.store(out + out_tile, f.to(out.dtype.element_ty), mask=inside,
+             eviction_policy="evict_first")  # fmt: skip
     if lse is not None:  # in units of log2, as m
         n = first_row + tl.arange(0, BLOCK_M)
         tl.store(lse + (b64 * heads + h) * q_len + n, m + tl.log2(l), mask=n < q_len)
@@ -174,7 +179,7 @@ def load_residual(x, b, h, first_row, q_len, stride_xb, stride_xn,
     tile = (
         x + tl.cast(b, tl.int64) * stride_xb + rows.to(tl.int64) * stride_xn + h * D + d
     )
-    return tl.load(tile, mask=(rows < q_len) & (d < D))
+    return tl.load(tile, mask=(rows < q_len) & (d < D), eviction_policy="evict_first")
 
 
 @triton.jit
@@ -198,11 +203,11 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     # Where registers allow, x is fetched now and arrives in the loop's shadow. Not before q:
     # all programs start together, and the loop would wait for x in the queue to HBM.
     xt = None
-    if x is not None and TMA and BLOCK_D <= 64:
+    if x is not None and TMA and BLOCK_D <= 64 and not RAGGED:
         xt = load_residual(x, b, h, first_row, q_len, stride_xb, stride_xn,
                            BLOCK_M, D, BLOCK_D)  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    l = tl.zeros([BLOCK_M, 8], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_b, m_b, l_b = acc, m, l
 
@@ -230,6 +235,7 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # the most registers a thread may have (None: no limit)
     two: bool = False  # a program owns two blocks of block_m queries
 
 
@@ -261,7 +267,8 @@ def choose_tile(
             if aligned and capability[0] == 9:
                 return Tile(64, 64, num_warps=4, num_stages=2, two=True)
             return Tile(64, 64, num_warps=4, num_stages=3)
-        return Tile(64, 128, num_warps=4, num_stages=2)
+        limit = 168 if capability[0] == 9 else None  # three programs on an SM
+        return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=limit)
     if block_d == 128:
         return Tile(128, 32, num_warps=8, num_stages=3)
     return Tile(64, 64, num_warps=4, num_stages=3)
@@ -316,7 +323,7 @@ def attention_plan(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
         TWO=tile.two, TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
         PER_SAMPLE=c_skip is not None, PRECISION=dot_precision(q.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
     )  # fmt: skip
     return plan, boxes
 

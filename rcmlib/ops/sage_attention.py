@@ -23,6 +23,7 @@ import triton.language as tl
 from rcmlib.ops import interpreting
 from rcmlib.ops.attention import (
     LOG2_E,
+    Tile,
     architecture,
     copy_engine,
     device_capability,
@@ -335,17 +336,7 @@ def operand_boxes(tile, block_d: int, pv: str) -> list[list[int]]:
     return [[tile.block_m, block_d], [tile.block_n, block_d], v_box]
 
 
-class SageTile(NamedTuple):
-    """As `attention.Tile`, and the most registers a thread may have (None: no limit)."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-
-def choose_sage_tile(head_dim: int, pv: str, capability: tuple[int, int]) -> SageTile:
+def choose_sage_tile(head_dim: int, pv: str, capability: tuple[int, int]) -> Tile:
     """The tile of `sage_attention_kernel` for a GPU of this compute capability.
 
     D ≤ 128 on sm_90 was measured; the other lines compile without spills
@@ -354,11 +345,11 @@ def choose_sage_tile(head_dim: int, pv: str, capability: tuple[int, int]) -> Sag
     block_d = padded_dim(head_dim)
     if capability[0] == 9:
         if block_d == 256:
-            return SageTile(64, 64, num_warps=8, num_stages=2)
+            return Tile(64, 64, num_warps=8, num_stages=2)
         block_n = 64 if pv == "fp8_fp16" else 128
         if block_d == 128:
-            return SageTile(64, block_n, num_warps=4, num_stages=2, maxnreg=168)
-        return SageTile(64, block_n, num_warps=4, num_stages=3, maxnreg=128)
+            return Tile(64, block_n, num_warps=4, num_stages=2, maxnreg=168)
+        return Tile(64, block_n, num_warps=4, num_stages=3, maxnreg=128)
     if block_d == 256:
-        return SageTile(32, 64, num_warps=8, num_stages=2)
-    return SageTile(64, 64, num_warps=8, num_stages=3)
+        return Tile(32, 64, num_warps=8, num_stages=2)
+    return Tile(64, 64, num_warps=8, num_stages=3)
