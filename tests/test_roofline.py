@@ -73,10 +73,6 @@ def test_the_exp2_kernel_is_one_instruction_an_exp2_and_none_is_folded():
     assert code.spill_bytes == 0
 
 
-@pytest.mark.skipif(
-    "exp2" not in {case["name"] for case in records.record("ceilings")["cases"]},
-    reason="the exp2 ceiling is not stored yet",
-)
 def test_the_stored_ceilings_are_those_of_a_gpu():
     found = roofline.measured()
     assert 1e12 < found.hbm_bytes < 1e13

@@ -114,14 +114,15 @@ QUANTISE = (
     ("mean and range of v", "v", ""),
     ("v to FP8", "v", "v8"),
 )
-# SageAttention 1.0.6: k loses its mean in place, v becomes float16.
+# SageAttention 1.0.6: k loses its mean in place, v becomes float16, F comes as [B, H, N, D].
 SAGE1 = (
     ("mean of k", "k", ""),
     ("k - mean", "k", "k"),
     ("v to float16", "v", "v16"),
     ("q to INT8", "q", "q8"),
     ("k to INT8", "k", "k8"),
-    ("8-bit attention", "q8 k8 v16", "F"),
+    ("8-bit attention", "q8 k8 v16", "F2"),
+    ("merge heads", "F2", "F"),
 )
 PIPELINES = {
     "negate": (("negate", "x", "out"),),
