@@ -12,7 +12,8 @@ NB ?= notebooks/*.ipynb book/hardware.ipynb
 NOTEBOOKS := notebooks book/hardware.ipynb
 # Strict: every cell without the tag nbval-ignore-output is compared.
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=900
-# One notebook stays on one worker, in order: loadfile hands out whole files.
+# One notebook stays on one worker, in order: loadfile hands out whole files; loadscope, for
+# many workers, notebooks and single tests (conftest.py).
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -34,7 +35,7 @@ test: $(READY) ## lint, build the book, run every test and every notebook
 
 gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
 	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) \
-		--ignore=tests/test_html.py $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist loadfile)
+		--ignore=tests/test_html.py $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist loadscope)
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PYTHON) -m jupyterlab --notebook-dir=notebooks

@@ -26,6 +26,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """--dist loadscope: a worker gets a whole notebook, or one test with all its parameters."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            notebook, cell, _ = nodeid.rpartition("::Cell ")
+            return notebook if cell else nodeid.split("[")[0]
+
+    return Scheduler(config, log) if config.getoption("dist") == "loadscope" else None
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where a test puts its tensors: "cuda" if there is one, else "cpu"."""
