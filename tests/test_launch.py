@@ -7,11 +7,15 @@ import sys
 import weakref
 from pathlib import Path
 
+import pytest
 import torch
+from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rcmlib
 from rcmlib.functional import attention
 from tests.inputs import heads
+from tests.test_bad_input import CASES, both_attentions, good
 
 
 def test_every_planned_launch_is_the_one_that_triton_would_choose():
@@ -47,3 +51,143 @@ def test_calls_of_one_layout_share_a_plan_and_nothing_else(device):
         out = rcmlib.rcm_attention(q, k, v, x, 1 - c, c)
         expected = (1 - c) * x + c * attention(q, k, v)
         assert torch.allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- calls like an earlier one ----
+
+
+class Seen(TorchDispatchMode):
+    """The names of our operators that the dispatcher saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "rcmlib":
+            self.names.append(op._schema.name)
+        return op(*args, **(kwargs or {}))
+
+
+def arguments(device, dtype=torch.float32, seed=0):
+    q, k, v, x, c_skip, c_out = heads((2, 2, 6, 6, 16), dtype, device, seed)
+    return q, k, v, x, c_skip, c_out, x[:, 0, :].repeat(32, 1)[:32].contiguous()
+
+
+FUNCTIONS = {
+    "rcm_attention": lambda q, k, v, x, a, b, w: rcmlib.rcm_attention(q, k, v, x, a, b),
+    "attention": lambda q, k, v, x, a, b, w: attention(q, k, v, is_causal=True),
+    "rcm_sage_attention": lambda q, k, v, x, a, b, w: rcmlib.rcm_sage_attention(
+        q, k, v, x, a, b
+    ),
+    "rcm_skip": lambda q, k, v, x, a, b, w: rcmlib.rcm_skip(x, 2 * x, a, b),
+    "rcm_projection": lambda q, k, v, x, a, b, w: rcmlib.rcm_projection(
+        x, w, w[0], x, a, b
+    ),
+    "gated_projection": lambda q, k, v, x, a, b, w: rcmlib.gated_projection(
+        x, w, None, x, x
+    ),
+}
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+@every_function
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "per sample"])
+def test_a_repeated_call_computes_with_its_own_numbers(
+    function, dtype, numbers, device
+):
+    def result(seed):
+        q, k, v, x, a, b, w = arguments(device, dtype, seed)
+        if numbers:
+            a, b = 0.5 + seed, 0.25
+        with Seen():  # takes the long way
+            expected = function(q, k, v, x, a, b, w)
+        return function(q, k, v, x, a, b, w), expected
+
+    for seed in (0, 1, 2):
+        out, expected = result(seed)
+        assert torch.equal(out, expected)
+
+
+@every_function
+def test_whoever_wants_to_see_a_repeated_call_does(function, device):
+    inputs = arguments(device)
+    expected = [function(*inputs) for _ in range(2)][1]
+    with Seen() as seen:
+        function(*inputs)
+    assert len(seen.names) == 1
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = function(*(mode.from_tensor(t) for t in inputs))
+    assert type(fake) is not torch.Tensor and fake.shape == expected.shape
+    for t in inputs:
+        t.requires_grad_()
+    if function is FUNCTIONS["rcm_sage_attention"]:
+        with pytest.raises(RuntimeError, match="no gradients"):
+            function(*inputs)
+    else:
+        assert function(*inputs).requires_grad
+    with torch.no_grad():
+        assert torch.equal(function(*inputs), expected)
+    with torch.inference_mode():
+        assert torch.equal(function(*inputs), expected)
+
+
+@every_function
+def test_a_repeated_call_on_the_meta_device_launches_nothing(function):
+    inputs = [t.to("meta") for t in arguments("cpu")]
+    for _ in range(2):
+        assert function(*inputs).is_meta
+
+
+@pytest.mark.parametrize(
+    "function", [FUNCTIONS["rcm_skip"], FUNCTIONS["rcm_attention"]]
+)
+def test_a_repeated_call_inside_a_transform_is_transformed(function, device):
+    q, k, v, x, *rest = arguments(device)
+    expected = [function(q, k, v, x, *rest) for _ in range(2)][1]
+    two = torch.func.vmap(lambda x: function(q, k, v, x, *rest))(torch.stack([x, x]))
+    assert torch.equal(two, torch.stack([expected, expected]))
+    dx = torch.func.grad(lambda x: function(q, k, v, x, *rest).sum())(x)
+    assert dx.abs().sum() > 0
+    negative = torch._neg_view(-x)
+    assert negative.is_neg()
+    assert torch.equal(function(q, k, v, negative, *rest), expected)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        cast = function(q, k, v, x, *rest)
+    assert cast.dtype == torch.float32
+    with profile() as trace:
+        function(q, k, v, x, *rest)
+    assert any(e.key.startswith("rcmlib::") for e in trace.key_averages())
+
+
+@both_attentions
+@pytest.mark.parametrize(("name", "change", "error", "message"), CASES)
+def test_bad_input_is_refused_after_good_input_too(
+    function, name, change, error, message, device
+):
+    inputs = good(device) | {"scale": 1.0, "is_causal": True}
+    for _ in range(2):
+        function(**inputs)
+    inputs[name] = change(inputs[name])
+    with pytest.raises(error, match=message):
+        function(**inputs)
+
+
+def test_numbers_that_only_equal_a_flag_or_a_scale_are_still_refused(device):
+    inputs = good(device) | {"scale": 1.0, "is_causal": True, "c_skip": 1.0}
+    for _ in range(2):
+        rcmlib.rcm_attention(**inputs)
+    for wrong in ({"is_causal": 1}, {"scale": True}, {"c_skip": True}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            rcmlib.rcm_attention(**inputs | wrong)
+
+
+@every_function
+def test_a_compiled_graph_does_not_depend_on_what_was_called_before(function, device):
+    inputs = arguments(device)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    expected = compiled(*inputs)
+    function(*inputs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(compiled(*inputs), expected)

@@ -26,8 +26,10 @@ from rcmlib.functional.gradients import (
     wants_grad,
 )
 from rcmlib.functional.operators import operator
+from rcmlib.functional.repeats import Repeats, call_key, same
 
 HEAD_DIMS = range(16, 257)
+REPEATS = Repeats()  # with their scales
 FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -63,11 +65,19 @@ def rcm_attention(
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     Specification: `rcmlib.reference.rcm_attention`. Equation: rCM, arXiv 2510.08431.
     """
+    arguments = (q, k, v, x, c_skip, c_out)
+    key = call_key(arguments, scale, is_causal)
+    known = REPEATS.find(key)
+    if known is not None:
+        return _launch_attention(*arguments, known, is_causal)
     q, k, v = autocast(q, k, v)
     scale = check_attention(q, k, v, scale, is_causal)
     check_attention_residual(x, q)
-    c_skip, c_out = coefficients(c_skip, c_out, x)
-    return _attend(q, k, v, x, c_skip, c_out, scale, is_causal)
+    checked = coefficients(c_skip, c_out, x)
+    out = _attend(q, k, v, x, *checked, scale, is_causal)
+    if same(c_skip, c_out, checked):
+        REPEATS.add(key, scale)
+    return out
 
 
 def attention(
@@ -83,9 +93,16 @@ def attention(
     Arguments, gradients and errors as there; the result has q's dtype. It is for layers in
     which a projection stands between attention and skip (`rcm_projection`).
     """
+    arguments = (q, k, v, None, None, None)
+    key = call_key(arguments, scale, is_causal)
+    known = REPEATS.find(key)
+    if known is not None:
+        return _launch_attention(*arguments, known, is_causal)
     q, k, v = autocast(q, k, v)
     scale = check_attention(q, k, v, scale, is_causal)
-    return _attend(q, k, v, None, None, None, scale, is_causal)
+    out = _attend(q, k, v, None, None, None, scale, is_causal)
+    REPEATS.add(key, scale)
+    return out
 
 
 def _attend(q, k, v, x, c_skip, c_out, scale: float, is_causal: bool) -> Tensor:
@@ -146,6 +163,10 @@ def _attention(
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
 ) -> Tensor:  # fmt: skip
     ops.check_device("q", q.device)
+    return _launch_attention(q, k, v, x, c_skip, c_out, scale, is_causal)
+
+
+def _launch_attention(q, k, v, x, c_skip, c_out, scale, is_causal) -> Tensor:
     from rcmlib.ops.attention import attention_forward
 
     dtype = q.dtype if x is None else x.dtype

@@ -282,10 +282,10 @@ def projection_forward(
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     f = torch.empty(x.shape if save_f else (0,), dtype=a.dtype, device=a.device)
-    if c_out.ndim < 2:
+    if isinstance(c_out, float) or c_out.ndim < 2:
         c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
     else:
-        c_skip = c_skip.item()
+        c_skip, _, _ = kernel_coefficients(c_skip, c_skip)
     plan, boxes = projection_plan(
         a.device, layout(a), layout(weight), layout(bias), layout(x), layout(c_skip),
         layout(c_out), save_f,

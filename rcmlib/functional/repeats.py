@@ -1,0 +1,81 @@
+"""Calls like an earlier one go straight to their launcher, past the checks and the dispatcher.
+
+Both look at types, dtypes, devices, shapes and strides, never at the numbers in a tensor. A
+call that agrees in all of these with one that went through would pass again, and end in the
+same launcher; unless somebody else wants to see it. Then it takes the long way.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, profiler
+from torch.nn import Parameter
+
+# The dispatch keys that this thread adds to a tensor's own: torch.func's transforms, tracers
+# and dispatch modes each add one. These are the sets without any.
+_added_keys = torch._C._dispatch_tls_local_include_set
+UNWATCHED = {_added_keys().raw_repr()}
+with torch.inference_mode():
+    UNWATCHED.add(_added_keys().raw_repr())
+KEPT = 4096  # keys of each operation
+META = torch.device("meta")
+
+
+class Repeats:
+    """The calls that went through, each with what its launcher wants to know."""
+
+    def __init__(self):
+        self.known = {}
+
+    def find(self, key):
+        # Inside torch.compile the key is None: a graph must not depend on what is known.
+        return None if key is None else self.known.get(key)
+
+    def add(self, key, value) -> None:
+        if key is None or META in key:  # nothing is launched on that device
+            return
+        if len(self.known) >= KEPT:
+            self.known.clear()
+        self.known[key] = value
+
+
+def call_key(arguments: tuple, *options) -> tuple | None:
+    """What repetitions of a call have in common. None: it has to take the long way.
+
+    arguments: tensors, floats, whose values do not matter, and None. options: by value.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _added_keys().raw_repr() not in UNWATCHED
+        or torch._C._is_torch_function_mode_enabled()
+        or profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cuda")
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    training = torch.is_grad_enabled()
+    key = []
+    for a in arguments:
+        kind = type(a)
+        if kind is Tensor or kind is Parameter:
+            # A lazily negated tensor is negated by the dispatcher.
+            if a.is_neg() or (training and a.requires_grad):
+                return None
+            key += (a.dtype, a.device, a.shape, a.stride())
+        elif kind is float or a is None:
+            key.append(kind)
+        else:
+            return None
+    for option in options:
+        kind = type(option)  # True equals 1.0, and is refused elsewhere
+        if kind not in (bool, float, str, type(None)):
+            return None
+        key += (kind, option)
+    return tuple(key)
+
+
+def same(c_skip, c_out, checked: tuple[Tensor, Tensor]) -> bool:
+    """Does the launcher get a caller's coefficients as they are, or two numbers?"""
+    if type(c_skip) is float and type(c_out) is float:
+        return True
+    return c_skip is checked[0] and c_out is checked[1] and c_skip.ndim == 1
