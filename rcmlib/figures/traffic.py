@@ -97,7 +97,7 @@ def where_counters_sit(l2_mb: float, hbm_mb: float):
 def cache_size(
     labels: tuple[str, ...], shape: tuple[int, int, int, int], l2_bytes: float
 ):
-    """MB by the ledger over the size of L2; dots: what the counters say (case `seed`)."""
+    """MB by the ledger over the size of L2; dots, drawn at l2_bytes: the counters (`seed`)."""
     fig, ax = new_figure(7.2, 3.7)
     sizes = np.linspace(0, 80, 321)  # MiB
     for label in labels:
