@@ -7,9 +7,8 @@ measured here. All metrics fit in one pass of the counters, so no kernel has to 
 
 Nsight Systems shows the same calls on a time line, for those who have it:
 
-    nsys profile --trace=cuda,nvtx --capture-range=none -o traffic \
-        python -m rcmlib.measure.profiled seed
-    nsys stats --report nvtx_kern_sum,cuda_gpu_kern_sum traffic.nsys-rep
+    nsys profile --trace=cuda,nvtx python -m rcmlib.measure.profiled seed
+    nsys stats --report nvtx_kern_sum,cuda_gpu_kern_sum report1.nsys-rep
 """
 
 import argparse
