@@ -53,6 +53,7 @@ def test_the_published_saving_is_27_percent_and_the_honest_one_18():
         "projection",
         "modules",
         "blocks",
+        "traffic",
     ],
 )
 def test_a_stored_record_says_where_its_numbers_come_from(name):
