@@ -150,3 +150,12 @@ def test_a_cuda_graph_can_hold_the_kernel():
     out.fill_(float("nan"))
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def test_a_backward_pass_through_an_operator_itself_raises(device):
+    """The gradients belong to the functions: the operator alone must not drop them silently."""
+    q, k, v, x, c_skip, c_out = heads((1, 2, 20, 20, 16), torch.float32, device)
+    arguments = (q.requires_grad_(), k, v, x, c_skip, c_out, 0.25, False)
+    out = torch.ops.rcmlib.attention(*arguments)
+    with pytest.raises(RuntimeError, match="attention has no autograd formula"):
+        out.sum().backward()
