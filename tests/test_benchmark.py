@@ -159,6 +159,7 @@ def on_the_cpu(monkeypatch, clock):
     monkeypatch.setattr(FakeClock, "samples", lambda self, fn, n: [fn() is None] * n)
 
 
+@NO_GPU  # ours refuses CPU tensors where Triton compiles
 def test_what_is_wrong_or_fails_is_named_with_its_reason_and_the_rest_is_timed(
     on_the_cpu,
 ):

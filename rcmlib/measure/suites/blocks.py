@@ -119,7 +119,7 @@ def afresh() -> Iterator[None]:
 
 def backends(run: Callable[[], object]) -> set[str]:
     """The fused backends of PyTorch's attention that a call of run reaches: "flash", ..."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         run()
     names = " ".join(event.key for event in seen.key_averages())
     return set(re.findall(r"_scaled_dot_product_([a-z]+)_attention", names))
