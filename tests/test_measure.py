@@ -41,21 +41,7 @@ def test_the_published_saving_is_27_percent_and_the_honest_one_18():
     assert 1 - honest / before == pytest.approx(0.1818, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ceilings",
-        "skip",
-        "attention",
-        "tiles",
-        "one_over_n",
-        "gradients",
-        "projection",
-        "modules",
-        "blocks",
-        "traffic",
-    ],
-)
+@pytest.mark.parametrize("name", records.names())
 def test_a_stored_record_says_where_its_numbers_come_from(name):
     content = records.record(name)
     assert content["name"] == name and content["what"] and content["method"]
