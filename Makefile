@@ -12,8 +12,8 @@ NB ?= notebooks/*.ipynb book/hardware.ipynb
 NOTEBOOKS := notebooks book/hardware.ipynb
 # Strict: every cell without the tag nbval-ignore-output is compared.
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=900
-# One notebook stays on one worker, in order: loadfile hands out whole files; loadscope, for
-# many workers, notebooks and single tests (conftest.py).
+# One notebook stays on one worker, in order. loadscope hands out whole notebooks and single
+# tests with all their parameters (conftest.py).
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -31,7 +31,7 @@ test: $(READY) ## lint, build the book, run every test and every notebook
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	@$(MAKE) --no-print-directory book
-	$(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) -n $(WORKERS) --dist loadfile
+	$(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) -n $(WORKERS) --dist loadscope
 
 gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
 	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) \
