@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from rcmlib import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+without_a_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="what happens without a GPU"
+)
 needs_fp8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
     reason="needs FP8, which GPUs have from compute capability 8.9 on",

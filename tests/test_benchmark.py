@@ -23,10 +23,7 @@ from rcmlib.measure import (
 )
 from rcmlib.measure.suites import SUITES
 from rcmlib.measure.suites.suite import Suite, one_by_one
-
-NO_GPU = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="what happens without a GPU"
-)
+from tests.inputs import without_a_gpu
 
 
 def result(median, half_spread=0.0):
@@ -159,7 +156,7 @@ def on_the_cpu(monkeypatch, clock):
     monkeypatch.setattr(FakeClock, "samples", lambda self, fn, n: [fn() is None] * n)
 
 
-@NO_GPU  # ours refuses CPU tensors where Triton compiles
+@without_a_gpu  # ours refuses CPU tensors where Triton compiles
 def test_what_is_wrong_or_fails_is_named_with_its_reason_and_the_rest_is_timed(
     on_the_cpu,
 ):
@@ -212,7 +209,7 @@ def test_bad_input_is_named(arguments, options, error, message):
         rcmlib.benchmark_all_implementations(*arguments, **options)
 
 
-@NO_GPU
+@without_a_gpu
 def test_without_a_gpu_the_function_says_so():
     with pytest.raises(RuntimeError, match="a CUDA device, and there is none here"):
         rcmlib.benchmark_all_implementations(1, 64, 64, 1)
@@ -380,7 +377,7 @@ def command(*arguments):
     return subprocess.run(parts, capture_output=True, text=True)
 
 
-@NO_GPU
+@without_a_gpu
 def test_without_a_gpu_the_stored_record_is_shown():
     done = command("--suite", "attention")
     assert done.returncode == 0 and not done.stderr
@@ -388,7 +385,7 @@ def test_without_a_gpu_the_stored_record_is_shown():
     assert "NVIDIA H100" in done.stdout and "cudnn_compiled" in done.stdout
 
 
-@NO_GPU
+@without_a_gpu
 def test_without_a_gpu_there_is_nothing_to_check():
     done = command("--suite", "attention", "--baseline")
     assert done.returncode == 1 and "a baseline needs one" in done.stderr

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcmlib.measure import ledger, records, timing
 from rcmlib.measure.suites import blocks
+from tests.inputs import without_a_gpu
 
 SHAPE = (4, 2048, 768)
 
@@ -82,7 +83,7 @@ def test_a_missing_record_lists_those_that_exist():
         records.case("attention", "nope")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+@without_a_gpu
 def test_without_a_gpu_nothing_is_timed():
     with pytest.raises(RuntimeError, match="a CUDA device, and there is none"):
         timing.time_ms(lambda: None)

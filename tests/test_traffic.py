@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from rcmlib.measure import ledger, records, traffic
 from rcmlib.measure.pipelines import IMPLEMENTATIONS
 from rcmlib.measure.traffic import ProfilerError
+from tests.inputs import without_a_gpu
 
 SEED, LARGE = (4, 12, 2048, 64), (4, 16, 8192, 128)
 TENSOR = math.prod(SEED) * 2  # bytes of q, k, v, x or out
@@ -205,7 +205,7 @@ def test_other_errors_of_the_profiler_are_passed_on():
         traffic.check_log("==PROF== fine\n==ERROR== Failed to find metric x\n")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+@without_a_gpu
 @pytest.mark.parametrize("module", ["traffic", "profiled"])
 def test_without_a_gpu_one_sentence_says_so(module):
     command = [sys.executable, "-m", f"rcmlib.measure.{module}"]

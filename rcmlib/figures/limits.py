@@ -7,16 +7,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from rcmlib.figures.speed import (
-    LOOKS,
-    OURS,
-    TWO_PASS,
-    fastest,
-    log_tokens,
-    strongest,
-)
+from rcmlib.figures.speed import LOOKS, OURS, log_tokens, strongest
 from rcmlib.figures.style import PALETTE, new_figure
 from rcmlib.measure import records
+from rcmlib.measure.tables import TWO_PASS, fastest
 
 WINNERS = {
     "fused": ("bf16", "fused"),

@@ -7,6 +7,7 @@ from matplotlib.patches import Rectangle
 
 from rcmlib.figures.style import PALETTE, arrow, new_figure
 from rcmlib.measure import records
+from rcmlib.measure.tables import TWO_PASS, fastest
 
 LOOKS = {  # implementation: (name, colour, marker)
     "naive": ("N×N softmax, eager skip", "naive", "v"),
@@ -19,14 +20,7 @@ LOOKS = {  # implementation: (name, colour, marker)
     "sage": ("8 bits, fused", "sage", "D"),
     "sage1_compiled": ("SageAttention 1.0.6, compiled skip", "sage1", "P"),
 }
-TWO_PASS = ("flash_compiled", "cudnn_compiled")
 OURS = ("fused", "sage")
-
-
-def fastest(case: dict, labels: tuple[str, ...]) -> str:
-    """Which of these implementations has the shortest median in a case."""
-    found = [n for n in labels if n in case["results"]]
-    return min(found, key=lambda n: case["results"][n]["median_ms"])
 
 
 def strongest(case: dict, labels: tuple[str, ...] = TWO_PASS) -> float:

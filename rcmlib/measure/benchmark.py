@@ -30,10 +30,10 @@ import torch
 from tqdm import tqdm
 
 from rcmlib.measure import records, regression
-from rcmlib.measure.peers import PEERS, check_sizes, installed, measure
+from rcmlib.measure.peers import PEERS, check_sizes
 from rcmlib.measure.suites import SUITES
 from rcmlib.measure.suites.peers import CHECKED
-from rcmlib.measure.suites.suite import INPUTS, Suite, one_by_one
+from rcmlib.measure.suites.suite import INPUTS, Suite, side_by_side
 from rcmlib.measure.tables import table
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -104,8 +104,8 @@ def own_shape(text: str) -> Suite:
         raise ValueError(f"--shape must be four numbers B,N,C,HEADS, got {text!r}")
     shape = check_sizes(*map(int, numbers))
     name = "B{}_N{}_C{}_H{}".format(*map(int, numbers))
-    cases = one_by_one(measure, [(name, shape, installed(PEERS))])
-    return Suite("All implementations at one shape.", f"{INPUTS} {CHECKED}", cases)
+    run = side_by_side({name: shape}, PEERS)
+    return Suite("All implementations at one shape.", f"{INPUTS} {CHECKED}", run)
 
 
 def baseline(given: str, suite: str) -> dict:

@@ -4,7 +4,6 @@ case = rcmlib.benchmark_all_implementations(4, 2048, 768, 12)
 case["results"]["fused"]["median_ms"], case["failed"], case["peak_bytes"]["naive"]
 """
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from rcmlib.measure.pipelines import (
     allowed,
     attention_inputs,
     distance,
+    has_sage_one,
     implementation,
 )
 from rcmlib.measure.tables import table
@@ -110,8 +110,8 @@ def check_labels(implementations: Iterable[str] | None) -> list[str]:
 
 def installed(labels: Iterable[str]) -> list[str]:
     """labels without the peer that is not installed here."""
-    sage = importlib.util.find_spec("sageattention") is not None
-    return [label for label in labels if sage or label != "sage1_compiled"]
+    missing = () if has_sage_one() else ("sage1_compiled",)
+    return [label for label in labels if label not in missing]
 
 
 def measure(

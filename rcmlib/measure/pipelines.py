@@ -6,6 +6,7 @@
 Each is built when it is asked for: nothing is compiled or allocated for the others.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import rcmlib
 from rcmlib import reference
 from rcmlib.functional import attention
 from rcmlib.functional.sage import PV
+from rcmlib.reference import merge_heads
 
 
 class Inputs(NamedTuple):
@@ -53,10 +55,6 @@ def attention_inputs(
 # ---- attention, heads merged: q, k, v -> [B, N, H·D] ----
 
 
-def merge_heads(f: Tensor) -> Tensor:
-    return f.transpose(1, 2).flatten(2)
-
-
 def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The textbook formula: scores and probabilities [B, H, N, N] go through memory."""
     scores = q @ k.mT * q.shape[-1] ** -0.5
@@ -81,6 +79,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     return merge_heads(flex_attention(q, k, v))
+
+
+def has_sage_one() -> bool:
+    """Is SageAttention installed?"""
+    return importlib.util.find_spec("sageattention") is not None
 
 
 def sage_one(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:

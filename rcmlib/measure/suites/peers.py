@@ -1,8 +1,8 @@
 """All implementations side by side: the seed's shapes, videos, Wan, lengths, batches, heads."""
 
 from rcmlib.measure import timing
-from rcmlib.measure.peers import PEERS, installed, measure
-from rcmlib.measure.suites.suite import INPUTS, Suite, one_by_one
+from rcmlib.measure.peers import PEERS
+from rcmlib.measure.suites.suite import INPUTS, Suite, side_by_side
 
 # (B, H, N, D) by case name
 QUICK = {"N1024": (4, 12, 1024, 64), "D128_N4096": (1, 16, 4096, 128)}
@@ -34,8 +34,8 @@ CHECKED = (
 
 def suite(what: str, shapes: dict[str, tuple], labels: tuple, **options) -> Suite:
     """The implementations of these labels, those that are installed, at each of the shapes."""
-    cases = [(name, shape, installed(labels)) for name, shape in shapes.items()]
-    return Suite(what, f"{INPUTS} {CHECKED}", one_by_one(measure, cases, **options))
+    run = side_by_side(shapes, labels, **options)
+    return Suite(what, f"{INPUTS} {CHECKED}", run)
 
 
 SUITES = {

@@ -1,6 +1,5 @@
 """Chapters 9 to 11: the 8-bit copies, the 8-bit kernel, its accuracy, and where it pays."""
 
-import importlib.util
 from functools import partial
 
 import torch
@@ -11,9 +10,14 @@ from rcmlib.functional import sage_attention
 from rcmlib.functional.sage import PV
 from rcmlib.measure import timing
 from rcmlib.measure.inputs import gaussian, video_like
-from rcmlib.measure.peers import installed, measure
-from rcmlib.measure.pipelines import attention_inputs, sage_one
-from rcmlib.measure.suites.suite import INPUTS, Suite, case, one_by_one
+from rcmlib.measure.pipelines import attention_inputs, has_sage_one, sage_one
+from rcmlib.measure.suites.suite import (
+    INPUTS,
+    Suite,
+    case,
+    one_by_one,
+    side_by_side,
+)
 from rcmlib.reference import eight_bit
 
 SHAPES = {  # (B, H, N, D)
@@ -80,7 +84,7 @@ def accuracy_case(name: str) -> dict:
     ref = reference.merge_heads(reference.attention(q, k, v))
     functions = {f"sage_{pv}": partial(sage_attention, q, k, v, pv=pv) for pv in PV}
     functions["bf16"] = partial(rcmlib.functional.attention, q, k, v)
-    if importlib.util.find_spec("sageattention"):
+    if has_sage_one():
         functions["sage1"] = sage_one(q, k, v)
     errors = {}
     for label, run in functions.items():
@@ -92,11 +96,6 @@ def accuracy_case(name: str) -> dict:
         }
     sizes = dict(zip("BHND", q.shape, strict=True))
     return {"name": name, **sizes, "errors": errors, "results": {}}
-
-
-def sage_cases(shapes: dict[str, tuple], labels: tuple[str, ...]):
-    cases = [(name, shape, installed(labels)) for name, shape in shapes.items()]
-    return one_by_one(measure, cases)
 
 
 EIGHT_BIT = (
@@ -114,13 +113,13 @@ SUITES = {
         "8-bit attention with the skip: the kernel alone (sage_kernel_*), and with its "
         "quantisation (sage); cuDNN, bf16 fused and SageAttention 1.0.6 beside it.",
         f"{INPUTS} {EIGHT_BIT}",
-        sage_cases(SHAPES, (*WHOLE, *KERNELS, "sage1_compiled")),
+        side_by_side(SHAPES, (*WHOLE, *KERNELS, "sage1_compiled")),
     ),
     "sage_crossover": Suite(
         "8 bits with quantisation against bf16, 16 heads and 32768 tokens in all, from many "
         "short sequences to one long one.",
         f"{INPUTS} {EIGHT_BIT}",
-        sage_cases(CROSSOVER, (*WHOLE, "sage1_compiled")),
+        side_by_side(CROSSOVER, (*WHOLE, "sage1_compiled")),
     ),
     "sage_accuracy": Suite(
         "Errors of 8-bit attention against float64, before the skip.",

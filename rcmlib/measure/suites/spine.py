@@ -9,14 +9,13 @@ import torch
 import rcmlib
 from rcmlib import reference
 from rcmlib.measure import timing
-from rcmlib.measure.peers import measure
 from rcmlib.measure.pipelines import (
     BF16,
     attention_inputs,
     compile_skip,
     eager_skip,
 )
-from rcmlib.measure.suites.suite import INPUTS, Suite, case, one_by_one
+from rcmlib.measure.suites.suite import INPUTS, Suite, case, side_by_side
 
 THREE_ROWS = "Three query rows of each checked against float64 first."
 # name: (B, H, N, D)
@@ -117,7 +116,7 @@ SUITES = {
     "attention": Suite(
         "Attention with the skip: two-pass pipelines and the fused kernel.",
         f"{INPUTS} {THREE_ROWS}",
-        one_by_one(measure, [(*item, BF16) for item in ATTENTION.items()]),
+        side_by_side(ATTENTION, BF16),
     ),
     "tiles": Suite(
         "The fused kernel with several tiles: rows x keys, warps a program, pipeline stages.",
@@ -127,6 +126,6 @@ SUITES = {
     "one_over_n": Suite(
         "The same at 32768 tokens in all (B·N), from many short sequences to one long one.",
         f"{INPUTS} {THREE_ROWS}",
-        one_by_one(measure, [(*item, BF16) for item in ONE_OVER_N.items()]),
+        side_by_side(ONE_OVER_N, BF16),
     ),
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
 from typing import NamedTuple
 
+from rcmlib.measure.peers import installed, measure
 from rcmlib.measure.timing import Timing
 
 TIMING = (
@@ -49,6 +50,14 @@ def one_by_one(
 ) -> Callable[[], OneByOne]:
     """A suite's `run`: measure(*arguments, **options) for each of the arguments."""
     return lambda: OneByOne(partial(measure, **options), arguments)
+
+
+def side_by_side(
+    shapes: dict[str, tuple[int, int, int, int]], labels: Iterable[str], **options
+) -> Callable[[], OneByOne]:
+    """A suite's `run`: these implementations, those installed, at each (B, H, N, D)."""
+    cases = [(name, shape, installed(labels)) for name, shape in shapes.items()]
+    return one_by_one(measure, cases, **options)
 
 
 def case(name: str, shape: dict, times: dict[str, Timing]) -> dict:
