@@ -1,16 +1,19 @@
 """Does each planned launch run the kernel that Triton would choose for the same arguments?
 
 Run by tests/test_launch.py with the compiling Triton. No GPU is used: the driver is a stub, and
-each of Triton's cache keys "compiles" into an object of its own. Prints how many launches were
-compared, and how many different kernels they ran.
+each of Triton's cache keys "compiles" into an object of its own, which only notes that it ran.
+Prints how many launches were compared, and how many different kernels they ran.
 """
 
 import itertools
+from dataclasses import fields
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rcmlib.ops import attention, attention_backward, gate, projection, quantize, skip
 from rcmlib.ops.plan import Plan
@@ -20,7 +23,10 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 class Driver:
-    """An H100, as far as Triton asks before it launches."""
+    """An H100, as far as Triton asks before it launches. Each time the stream is another."""
+
+    def __init__(self):
+        self.stream = 0
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -29,34 +35,59 @@ class Driver:
         return 0
 
     def get_current_stream(self, device):
-        return 0
+        self.stream += 1
+        return self.stream
 
 
-class Compiled:
+class Compiled(CompiledKernel):
     """What Triton caches and runs."""
 
     function = packed_metadata = None
 
+    def __init__(self):
+        pass
+
+    def _init_handles(self):
+        pass
+
     def launch_metadata(self, *args):
         return None
 
-    def run(self, *args):
-        pass
+    def run(self, *launch):
+        grid, stream, arguments = launch[:3], launch[3], launch[9:]
+        RAN.append((self, grid, stream, arguments))
 
 
 def compile_nothing(self, key, signature, device, *rest):
     return self.device_caches[device][0].setdefault(key, Compiled())
 
 
-COMPARED = []
+RAN, COMPARED = [], []
+DRIVER = Driver()
+planned_launch = Plan.launch
 
 
 def launch_and_compare(self, *tensors):
-    chosen = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-    assert self.compiled in (None, chosen), (self.kernel, self.numbers, self.constants)
-    self.compiled = chosen
-    assert len(self.rest) + len(tensors) == len(self.kernel.arg_names)
+    """Then Triton's own launch: by name as the plan has it, checked descriptors included."""
+    planned_launch(self, *tensors)
+    assert RAN[-1][2] == DRIVER.stream
+    boxed = [TensorDescriptor(t, *b) for t, b in zip(tensors, self.boxes, strict=False)]
+    tensors = (*boxed, *tensors[len(boxed) :])
+    self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+    (compiled, grid, _, arguments), (chosen, its_grid, _, expected) = RAN
+    assert compiled is chosen, (self.kernel, self.numbers, self.constants)
+    assert grid == its_grid
+    assert len(arguments) == len(self.kernel.arg_names)
+    for a, b in zip(arguments, expected, strict=True):
+        assert same(a, b), (self.kernel, a, b)
+    RAN.clear()
     COMPARED.append(chosen)
+
+
+def same(a, b):
+    if isinstance(b, TensorDescriptor):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(b))
+    return a is b if isinstance(b, torch.Tensor) else a == b
 
 
 def tensor(*shape, dtype=BF16, offset=0, pad=0):
@@ -134,7 +165,7 @@ def launch_all(batch, q_len, kv_len, dim, dtype, x_dtype, offset, pad):
     quantize.quantize_int8(q, 32, factor=0.5)
 
 
-driver.set_active(Driver())
+driver.set_active(DRIVER)
 JITFunction._do_compile = compile_nothing
 Plan.launch = launch_and_compare
 for values in layouts():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import rcmlib
 from rcmlib import reference
 from rcmlib.ops import attention
-from rcmlib.ops.plan import layout
+from rcmlib.ops.layout import layout
 from tests.inputs import (
     DTYPES,
     assert_close,

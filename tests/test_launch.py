@@ -13,7 +13,10 @@ from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rcmlib
-from rcmlib.functional import attention
+from rcmlib import ops
+from rcmlib.functional import attention, sage_attention
+from rcmlib.ops import plan
+from rcmlib.ops.layout import layout, layout_key
 from tests.inputs import heads
 from tests.test_bad_input import CASES, both_attentions, good
 
@@ -51,6 +54,56 @@ def test_calls_of_one_layout_share_a_plan_and_nothing_else(device):
         out = rcmlib.rcm_attention(q, k, v, x, 1 - c, c)
         expected = (1 - c) * x + c * attention(q, k, v)
         assert torch.allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def misaligned(t):
+    """A copy with the same strides, one element into its storage."""
+    wide = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    return wide[1:].view(t.shape).copy_(t)
+
+
+def test_a_misaligned_tensor_has_a_plan_of_its_own(device):
+    q, k, v, x, *c = heads((1, 2, 20, 20, 16), torch.float16, device)
+    others = [misaligned(t) for t in (q, k, v, x)]
+    expected = rcmlib.rcm_attention(q, k, v, x, *c)
+    for inputs in ((q, k, v, x), others, (q, others[1], v, x), others, (q, k, v, x)):
+        out = rcmlib.rcm_attention(*inputs, *c)
+        assert torch.allclose(out, expected, rtol=2e-3, atol=2e-3)
+    find = ops.attention.attention_plan
+    plans = [find(*inputs, *c, False, False) for inputs in ((q, k, v, x), others)]
+    assert plans[0] is not plans[1]
+    assert not plans[1].boxes  # the copy engine cannot address these
+
+
+def test_what_a_launch_depends_on_tells_keys_apart():
+    t = torch.zeros(2, 3)
+    different = [
+        (t,), (t.half(),), (t.to("meta"),), (t.mT,), (t[:1],), (misaligned(t),), (t, t),
+        (None,), (1.0,), (None, 1.0), (1.0, None), (True,), (1,), (0,), (False,), ("1",),
+        (torch.float32,), (torch.float16,), (), (None, None), (t, True), (t, 1), (t, None),
+    ]  # fmt: skip
+    assert len({layout_key(arguments) for arguments in different}) == len(different)
+    assert layout_key((t, 0.5, None)) == layout_key((t + 1, 0.25, None))
+
+
+def test_plans_are_made_once_for_each_key_from_layouts(monkeypatch):
+    made = []
+
+    @plan.by_layout
+    def find(*arguments):
+        made.append(arguments)
+        return object()
+
+    t = torch.zeros(4)
+    first = find(t, 0.5, True)
+    assert find(t + 1, 0.25, True) is first
+    assert find(t, 0.5, 1) is not first
+    assert find(t, 0.5, False) is not first
+    assert made == [(layout(t), None, option) for option in (True, 1, False)]
+    monkeypatch.setattr(plan, "PLANS", 3)
+    find(t, None, True)  # the others are forgotten
+    again = find(t, 0.5, True)
+    assert again is not first and find(t, 0.5, True) is again
 
 
 # ---- calls like an earlier one ----
@@ -108,6 +161,14 @@ def test_a_repeated_call_computes_with_its_own_numbers(
     for seed in (0, 1, 2):
         out, expected = result(seed)
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "rcm_sage_attention"])
+def test_a_repeated_call_goes_straight_to_its_plan(name, device, monkeypatch):
+    inputs = arguments(device)
+    expected = [FUNCTIONS[name](*inputs) for _ in range(2)][1]
+    monkeypatch.setattr(plan, "layout_key", None)  # no plan can be looked up
+    assert torch.equal(FUNCTIONS[name](*inputs), expected)
 
 
 @every_function
@@ -181,6 +242,19 @@ def test_numbers_that_only_equal_a_flag_or_a_scale_are_still_refused(device):
     for wrong in ({"is_causal": 1}, {"scale": True}, {"c_skip": True}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             rcmlib.rcm_attention(**inputs | wrong)
+
+
+def test_one_function_does_not_repeat_the_calls_of_another(device):
+    q, k, v, x, _, _, w = arguments(device)
+    for _ in range(2):
+        attention(q, k, v)
+        sage_attention(q, k, v)
+        rcmlib.gated_projection(x, w, None, x, x)
+    for function in (rcmlib.rcm_attention, rcmlib.rcm_sage_attention):
+        with pytest.raises(TypeError, match="x must be"):
+            function(q, k, v, None, None, None)
+    with pytest.raises(ValueError, match="c_out must be"):
+        rcmlib.rcm_projection(x, w, None, x, 1.0, x)
 
 
 @every_function

@@ -12,7 +12,7 @@ from rcmlib import reference
 from rcmlib.functional import sage_attention
 from rcmlib.functional.sage import PV
 from rcmlib.measure.inputs import gaussian, video_like
-from rcmlib.ops.attention import architecture
+from rcmlib.ops.attention import device_capability
 from rcmlib.ops.sage_attention import choose_sage_tile
 from rcmlib.reference import eight_bit
 from tests.inputs import (
@@ -54,7 +54,7 @@ def model(q, k, v, pv="fp8", **options):
 
     The tensor core's sums are exact here: the error that they add is far below E4M3's.
     """
-    block_n = choose_sage_tile(q.shape[-1], pv, architecture(q)).block_n
+    block_n = choose_sage_tile(q.shape[-1], pv, device_capability(q.device)).block_n
     fp8 = pv != "fp16"
     sums = "fp8_fp16" if pv == "fp8_fp16" else "fp8"
     return reference.merge_heads(

@@ -29,7 +29,7 @@ from rcmlib.functional.operators import operator
 from rcmlib.functional.repeats import Repeats, call_key, same
 
 HEAD_DIMS = range(16, 257)
-REPEATS = Repeats()  # with their scales
+REPEATS = Repeats()  # with their scales and plans
 FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -69,14 +69,14 @@ def rcm_attention(
     key = call_key(arguments, scale, is_causal)
     known = REPEATS.find(key)
     if known is not None:
-        return _launch_attention(*arguments, known, is_causal)
+        return _launch_attention(*arguments, is_causal, *known)
     q, k, v = autocast(q, k, v)
     scale = check_attention(q, k, v, scale, is_causal)
     check_attention_residual(x, q)
     checked = coefficients(c_skip, c_out, x)
     out = _attend(q, k, v, x, *checked, scale, is_causal)
     if same(c_skip, c_out, checked):
-        REPEATS.add(key, scale)
+        REPEATS.add(key, lambda: (scale, _plan(*arguments, is_causal)))
     return out
 
 
@@ -94,14 +94,14 @@ def attention(
     which a projection stands between attention and skip (`rcm_projection`).
     """
     arguments = (q, k, v, None, None, None)
-    key = call_key(arguments, scale, is_causal)
+    key = call_key((q, k, v), scale, is_causal)
     known = REPEATS.find(key)
     if known is not None:
-        return _launch_attention(*arguments, known, is_causal)
+        return _launch_attention(*arguments, is_causal, *known)
     q, k, v = autocast(q, k, v)
     scale = check_attention(q, k, v, scale, is_causal)
     out = _attend(q, k, v, None, None, None, scale, is_causal)
-    REPEATS.add(key, scale)
+    REPEATS.add(key, lambda: (scale, _plan(*arguments, is_causal)))
     return out
 
 
@@ -163,16 +163,20 @@ def _attention(
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
 ) -> Tensor:  # fmt: skip
     ops.check_device("q", q.device)
-    return _launch_attention(q, k, v, x, c_skip, c_out, scale, is_causal)
+    return _launch_attention(q, k, v, x, c_skip, c_out, is_causal, scale)
 
 
-def _launch_attention(q, k, v, x, c_skip, c_out, scale, is_causal) -> Tensor:
-    from rcmlib.ops.attention import attention_forward
-
+def _launch_attention(q, k, v, x, c_skip, c_out, is_causal, scale, plan=None) -> Tensor:
     dtype = q.dtype if x is None else x.dtype
     return launch(
-        attention_forward, [dtype], q, k, v, x, c_skip, c_out, scale, is_causal
-    )[0]
+        ops.attention.attention_forward, [dtype],
+        q, k, v, x, c_skip, c_out, scale, is_causal, False, plan,
+    )[0]  # fmt: skip
+
+
+def _plan(q, k, v, x, c_skip, c_out, is_causal):
+    """What the launch of these arguments went by."""
+    return ops.attention.attention_plan(q, k, v, x, c_skip, c_out, is_causal, False)
 
 
 @torch.library.register_fake("rcmlib::attention")
@@ -189,12 +193,11 @@ def _attention_saving(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, f, lse). Without x, out is f, and the second result is empty."""
     ops.check_device("q", q.device)
-    from rcmlib.ops.attention import attention_forward
-
     dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
     return launch(
-        attention_forward, dtypes, q, k, v, x, c_skip, c_out, scale, is_causal, True
-    )
+        ops.attention.attention_forward, dtypes,
+        q, k, v, x, c_skip, c_out, scale, is_causal, True,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("rcmlib::attention_saving")
@@ -212,10 +215,8 @@ def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
     c_out: Tensor, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from rcmlib.ops.attention_backward import attention_backward
-
     return launch(
-        attention_backward, [q.dtype] * 3,
+        ops.attention_backward.attention_backward, [q.dtype] * 3,
         grad, q, k, v, lse, delta, c_out, scale, is_causal,
     )  # fmt: skip
 

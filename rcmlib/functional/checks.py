@@ -129,11 +129,11 @@ def launch(
     Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
     on a CPU bfloat16 inputs are computed in float32 and the results are rounded.
     """
-    device = args[0].device
-    if device.type == "cuda":
-        if device.index == torch.cuda.current_device():
+    first = args[0]
+    if first.is_cuda:
+        if first.get_device() == torch.cuda.current_device():
             return launcher(*args)
-        with torch.cuda.device(device):  # Triton launches on the current device
+        with torch.cuda.device(first.device):  # Triton launches on the current device
             return launcher(*args)
     with np.errstate(all="ignore"):  # NaN and infinity are values, not accidents
         results = launcher(*(_widened(a) for a in args))

@@ -26,7 +26,7 @@ from rcmlib.functional.gradients import (
 from rcmlib.functional.operators import operator
 from rcmlib.functional.repeats import Repeats, call_key, same
 
-REPEATS = Repeats()
+REPEATS = Repeats()  # with their plans
 
 
 def rcm_projection(
@@ -56,14 +56,15 @@ def rcm_projection(
     """
     arguments = (a, weight, bias, x, c_skip, c_out)
     key = call_key(arguments)
-    if REPEATS.find(key):
-        return _launch_projection(*arguments, False)[0]
+    plan = REPEATS.find(key)
+    if plan is not None:
+        return _launch_projection(*arguments, False, plan)[0]
     a, weight, bias = autocast(a, weight, bias)
     _check_projection(a, weight, bias, x)
     checked = coefficients(c_skip, c_out, x)
     out = _project(a, weight, bias, x, *checked)
     if same(c_skip, c_out, checked):
-        REPEATS.add(key, True)
+        REPEATS.add(key, lambda: ops.projection.projection_plan(*arguments, False))
     return out
 
 
@@ -79,8 +80,10 @@ def gated_projection(
     Specification: `rcmlib.reference.gated_projection`.
     """
     key = call_key((a, weight, bias, x, gate))
-    if REPEATS.find(key):
-        return _launch_projection(a, weight, bias, x, 1.0, gate, False)[0]
+    arguments = (a, weight, bias, x, 1.0, gate, False)
+    plan = REPEATS.find(key)
+    if plan is not None:
+        return _launch_projection(*arguments, plan)[0]
     a, weight, bias = autocast(a, weight, bias)
     _check_projection(a, weight, bias, x)
     check_tensor("gate", gate, rank=None)
@@ -93,7 +96,7 @@ def gated_projection(
         )
     check_contiguous_rows("gate", gate)
     out = _project(a, weight, bias, x, constant(1.0), gate)
-    REPEATS.add(key, True)
+    REPEATS.add(key, lambda: ops.projection.projection_plan(*arguments))
     return out
 
 
@@ -144,21 +147,12 @@ def _projection(
 
 
 def _launch_projection(
-    a, weight, bias, x, c_skip, c_out, save_f
+    a, weight, bias, x, c_skip, c_out, save_f, plan=None
 ) -> tuple[Tensor, Tensor]:
-    from rcmlib.ops.projection import projection_forward
-
     return launch(
-        projection_forward,
-        (x.dtype, a.dtype),
-        a,
-        weight,
-        bias,
-        x,
-        c_skip,
-        c_out,
-        save_f,
-    )
+        ops.projection.projection_forward, (x.dtype, a.dtype),
+        a, weight, bias, x, c_skip, c_out, save_f, plan,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("rcmlib::projection")
@@ -170,10 +164,8 @@ def _(a, weight, bias, x, c_skip, c_out, save_f):
 def _gate_backward(
     grad: Tensor, f: Tensor | None, gate: Tensor, df_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    from rcmlib.ops.gate import gate_backward
-
     dtypes = (df_dtype or grad.dtype, gate.dtype)
-    return launch(gate_backward, dtypes, grad, f, gate, df_dtype)
+    return launch(ops.gate.gate_backward, dtypes, grad, f, gate, df_dtype)
 
 
 @torch.library.register_fake("rcmlib::gate_backward")

@@ -68,7 +68,7 @@ def rcm_sage_attention(
     options = (scale, is_causal, *smooth, _check_pv(pv, q))
     out = torch.ops.rcmlib.sage_attention(q, k, v, x, *checked, *options)
     if same(c_skip, c_out, checked):
-        REPEATS.add(key, options)
+        REPEATS.add(key, lambda: options)
     return out
 
 
@@ -86,7 +86,7 @@ def sage_attention(
 ) -> Tensor:
     """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_sage_attention` without x."""
     arguments = (q, k, v, None, None, None)
-    key = call_key(arguments, scale, is_causal, smooth_k, smooth_q, smooth_v, pv)
+    key = call_key((q, k, v), scale, is_causal, smooth_k, smooth_q, smooth_v, pv)
     known = REPEATS.find(key)
     if known is not None:
         return _launch_sage(*arguments, *known)
@@ -96,7 +96,7 @@ def sage_attention(
     smooth = _check_smooth(smooth_q=smooth_q, smooth_k=smooth_k, smooth_v=smooth_v)
     options = (scale, is_causal, *smooth, _check_pv(pv, q))
     out = torch.ops.rcmlib.sage_attention(q, k, v, None, None, None, *options)
-    REPEATS.add(key, options)
+    REPEATS.add(key, lambda: options)
     return out
 
 
@@ -147,12 +147,10 @@ def _sage_attention(
 def _launch_sage(
     q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv
 ) -> Tensor:
-    from rcmlib.ops.sage_attention import sage_attention_forward
-
     dtype = q.dtype if x is None else x.dtype
     return launch(
-        sage_attention_forward, [dtype], q, k, v, x, c_skip, c_out, scale, is_causal,
-        smooth_q, smooth_k, smooth_v, pv,
+        ops.sage_attention.sage_attention_forward, [dtype],
+        q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv,
     )  # fmt: skip
 
 

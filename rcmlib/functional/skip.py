@@ -22,7 +22,7 @@ from rcmlib.functional.gradients import (
 from rcmlib.functional.operators import operator
 from rcmlib.functional.repeats import Repeats, call_key, same
 
-REPEATS = Repeats()
+REPEATS = Repeats()  # with their plans
 
 
 def rcm_skip(
@@ -40,8 +40,9 @@ def rcm_skip(
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     """
     key = call_key((x, f, c_skip, c_out))
-    if REPEATS.find(key):
-        return _launch_skip(x, f, c_skip, c_out)
+    plan = REPEATS.find(key)
+    if plan is not None:
+        return _launch_skip(x, f, c_skip, c_out, plan)
     for name, t in (("x", x), ("f", f)):
         check_tensor(name, t, rank=None)
     check_residual("x", x, "f", f)
@@ -52,7 +53,7 @@ def rcm_skip(
     if not training and x.is_contiguous() and f.is_contiguous():  # no need of views
         out = torch.ops.rcmlib.skip(x, f, *checked)
         if same(c_skip, c_out, checked):
-            REPEATS.add(key, True)
+            REPEATS.add(key, lambda: ops.skip.skip_plan(x, f, c_skip, c_out))
         return out
     tiles = [_rows_of_samples(name, t) for name, t in (("x", x), ("f", f))]
     if tiles[0].shape != tiles[1].shape:  # one is contiguous, the other has gaps
@@ -88,10 +89,8 @@ def _skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
     return _launch_skip(x, f, c_skip, c_out)
 
 
-def _launch_skip(x, f, c_skip, c_out) -> Tensor:
-    from rcmlib.ops.skip import skip_forward
-
-    return launch(skip_forward, [x.dtype], x, f, c_skip, c_out)
+def _launch_skip(x, f, c_skip, c_out, plan=None) -> Tensor:
+    return launch(ops.skip.skip_forward, [x.dtype], x, f, c_skip, c_out, plan)
 
 
 @torch.library.register_fake("rcmlib::skip")
@@ -104,22 +103,19 @@ def _skip_backward(
     grad: Tensor, x: Tensor | None, f: Tensor | None, c_skip: Tensor, c_out: Tensor,
     width: int | None, dx_dtype: torch.dtype | None, df_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from rcmlib.ops.skip import skip_backward
-
     dtypes = (dx_dtype or grad.dtype, df_dtype or grad.dtype, *[torch.float32] * 2)
     return launch(
-        skip_backward, dtypes, grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype
-    )
+        ops.skip.skip_backward, dtypes,
+        grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("rcmlib::skip_backward")
 def _(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype):
-    from rcmlib.ops.skip import dots_shape
-
     def result(wanted, shape, dtype):
         return grad.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    dots = dots_shape(grad.shape, width)
+    dots = ops.skip.dots_shape(grad.shape, width)
     return (
         result(dx_dtype, grad.shape, dx_dtype or grad.dtype),
         result(df_dtype, grad.shape, df_dtype or grad.dtype),

@@ -5,11 +5,24 @@ have none, and the kernel files are imported by the first call that launches one
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 import sys
 
 import torch
+
+LAUNCHERS = (
+    "attention", "attention_backward", "gate", "projection", "quantize", "sage_attention",
+    "skip",
+)  # fmt: skip
+
+
+def __getattr__(name: str):
+    """Imports a launcher's file at its first use as ops.NAME; later uses do not come here."""
+    if name in LAUNCHERS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def set_interpreter_default() -> None:

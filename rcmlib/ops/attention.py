@@ -9,7 +9,6 @@ HBM: q, k, v, x are read, out is written. f exists only in registers, D float32 
 For a backward pass (attention_backward.py) f and lse [B, H, Nq] are written too.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -18,14 +17,7 @@ import triton
 import triton.language as tl
 
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
-from rcmlib.ops.plan import (
-    PLANS,
-    Box,
-    Plan,
-    box_of_rows,
-    descriptors_allowed,
-    layout,
-)
+from rcmlib.ops.plan import Plan, box_of_rows, by_layout, descriptors_allowed
 
 LOG2_E = math.log2(math.e)  # exp(s) = exp2(s·log2 e), and exp2 is one GPU instruction
 
@@ -274,13 +266,8 @@ def choose_tile(
     return Tile(64, 64, num_warps=4, num_stages=3)
 
 
-def architecture(t: torch.Tensor) -> tuple[int, int]:
-    """The compute capability of t's device."""
-    return device_capability(t.device)
-
-
 def device_capability(device: torch.device) -> tuple[int, int]:
-    """The interpreter has none: it follows the H100's paths."""
+    """The compute capability. The interpreter has none: it follows the H100's paths."""
     if device.type != "cuda":
         return (9, 0)
     return torch.cuda.get_device_capability(device)
@@ -296,26 +283,21 @@ def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     return dtype != torch.float32 and capability[0] in (9, 10)
 
 
-@functools.lru_cache(PLANS)
-def attention_plan(
-    device, q, k, v, x, c_skip, c_out, is_causal, save
-) -> tuple[Plan, tuple[Box, ...] | None]:
-    """The launch of `attention_kernel` for these layouts, and how to read q, k and v.
-
-    The boxes are for the copy engine; None: by pointers.
-    """
+@by_layout
+def attention_plan(q, k, v, x, c_skip, c_out, is_causal, save) -> Plan:
+    """The launch of `attention_kernel` for these layouts."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
-    capability = device_capability(device)
+    capability = device_capability(q.device)
     aligned = descriptors_allowed(q, k, v)
     tile = choose_tile(head_dim, q.dtype, capability, aligned)
     tma = copy_engine(q.dtype, capability) and aligned
-    boxes = None
+    boxes = ()
     if tma:
         rows = (tile.block_m, tile.block_n, tile.block_n)
         boxes = tuple(map(box_of_rows, (q, k, v), rows, (block_d,) * 3))
-    plan = Plan(
+    return Plan(
         attention_kernel, batch * heads * triton.cdiv(q_len, tile.block_m << tile.two),
         heads, q_len, kv_len,
         *q.strides[:3], *k.strides[:3], *v.strides[:3],
@@ -324,18 +306,20 @@ def attention_plan(
         TWO=tile.two, TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
         PER_SAMPLE=c_skip is not None, PRECISION=dot_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
+        boxes=boxes,
     )  # fmt: skip
-    return plan, boxes
 
 
 def attention_forward(
-    q, k, v, x, c_skip, c_out, scale, is_causal, save=False
+    q, k, v, x, c_skip, c_out, scale, is_causal, save=False, plan: Plan | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Launches `attention_kernel` on checked inputs (see `rcmlib.rcm_attention`).
 
     Returns (out,), or with `save` what the backward pass needs: (out, f, lse). With x = None
     it is attention alone, [B, Nq, H·D], pass one of a two-pass pipeline; then out is f, and
     the f returned is empty.
+    plan: `attention_plan`'s for these arguments, if it is known already; the coefficients are
+    then as the kernel takes them.
     """
     batch, heads, q_len, head_dim = q.shape
     device, dtype = q.device, q.dtype
@@ -345,15 +329,10 @@ def attention_forward(
     if save:
         lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device)
         f = torch.empty(tokens if x is not None else (0,), dtype=dtype, device=device)
-    if x is not None:
-        c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
-    plan, boxes = attention_plan(
-        device, layout(q), layout(k), layout(v), layout(x), layout(c_skip),
-        layout(c_out), is_causal, save,
-    )  # fmt: skip
-    sources = (q, k, v)
-    if boxes is not None:
-        sources = (boxes[0].of(q), boxes[1].of(k), boxes[2].of(v))
+    if plan is None:
+        if x is not None:
+            c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
+        plan = attention_plan(q, k, v, x, c_skip, c_out, is_causal, save)
     f_out = None if x is None else f
-    plan.launch(*sources, x, out, f_out, lse, c_skip, c_out, scale * LOG2_E)
+    plan.launch(q, k, v, x, out, f_out, lse, c_skip, c_out, scale * LOG2_E)
     return (out, f, lse) if save else (out,)

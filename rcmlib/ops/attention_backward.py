@@ -33,14 +33,7 @@ from rcmlib.ops.attention import (
     own_rows,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient
-from rcmlib.ops.plan import (
-    PLANS,
-    Box,
-    Plan,
-    box_of_rows,
-    descriptors_allowed,
-    layout,
-)
+from rcmlib.ops.plan import Plan, box_of_rows, by_layout, descriptors_allowed
 
 
 @triton.jit
@@ -228,18 +221,13 @@ def choose_backward_tiles(
     return Tile(block_m, 64, 4, 2), Tile(64, 32, 4, 2)
 
 
-@functools.lru_cache(PLANS)
-def backward_plans(
-    device, g, q, k, v, lse, delta, c_out, is_causal
-) -> tuple[tuple[Plan, tuple[Box, ...] | None], ...]:
-    """For each of the two kernels its launch for these layouts, and how to read q, k, v, g.
-
-    g: as [B, H, Nq, D]. The boxes are for the copy engine; None: by pointers.
-    """
+@by_layout
+def backward_plans(q, k, v, g, lse, delta, c_out, is_causal) -> tuple[Plan, Plan]:
+    """The launches of the two kernels for these layouts. g: as [B, H, Nq, D]."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
-    capability = device_capability(device)
+    capability = device_capability(q.device)
     sources = (q, k, v, g)
     tma = copy_engine(q.dtype, capability) and descriptors_allowed(*sources)
     for_keys, for_queries = choose_backward_tiles(
@@ -248,7 +236,7 @@ def backward_plans(
 
     def plan(kernel, tile, programs, **constants):
         m, n = tile.block_m, tile.block_n
-        boxes = None
+        boxes = ()
         if tma:
             boxes = tuple(map(box_of_rows, sources, (m, n, n, m), (block_d,) * 4))
         return Plan(
@@ -257,8 +245,8 @@ def backward_plans(
             *g.strides[:3], BLOCK_M=m, BLOCK_N=n, D=head_dim,
             BLOCK_D=block_d, TMA=tma, CAUSAL=is_causal, PER_SAMPLE=c_out is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.num_warps,
-            num_stages=tile.num_stages, **constants,
-        ), boxes  # fmt: skip
+            num_stages=tile.num_stages, boxes=boxes, **constants,
+        )  # fmt: skip
 
     key_tiles = triton.cdiv(kv_len, for_keys.block_n)
     query_tiles = triton.cdiv(q_len, for_queries.block_m)
@@ -281,20 +269,13 @@ def backward_launches(
         for n in (q_len, kv_len, kv_len)
     )
     c_out, _, _ = kernel_coefficients(c_out, c_out)
-    plans = backward_plans(
-        q.device, layout(sources[3]), layout(q), layout(k), layout(v), layout(lse),
-        layout(delta), layout(c_out), is_causal,
-    )  # fmt: skip
+    for_keys, for_queries = backward_plans(*sources, lse, delta, c_out, is_causal)
 
-    def launch(planned, *results):
-        plan, boxes = planned
-        read = sources
-        if boxes is not None:
-            read = (box.of(t) for box, t in zip(boxes, sources, strict=True))
-        plan.launch(*read, *results, lse, delta, c_out, scale, scale * LOG2_E)
+    def launch(plan, *results):
+        plan.launch(*sources, *results, lse, delta, c_out, scale, scale * LOG2_E)
 
-    dkdv = functools.partial(launch, plans[0], dk, dv)
-    return (dq, dk, dv), (dkdv, functools.partial(launch, plans[1], dq))
+    dkdv = functools.partial(launch, for_keys, dk, dv)
+    return (dq, dk, dv), (dkdv, functools.partial(launch, for_queries, dq))
 
 
 def attention_backward(

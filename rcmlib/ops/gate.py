@@ -7,13 +7,12 @@ x, f, g [B, N, C]; gate [B, C], one for all tokens of a sample, or [B, N, C].
 HBM, backward: reads g and f, writes df (and dgate, where every token has its own).
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from rcmlib.ops.plan import PLANS, Layout, Plan, layout
+from rcmlib.ops.layout import Layout
+from rcmlib.ops.plan import Plan, by_layout
 
 
 @triton.jit
@@ -61,8 +60,8 @@ def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
 ROWS, COLS = 32, 128  # of one program's tile
 
 
-@functools.lru_cache(PLANS)
-def gate_backward_plan(device, grad, f, gate, df_dtype) -> Plan:
+@by_layout
+def gate_backward_plan(grad, f, gate, df_dtype) -> Plan:
     """The launch of `gate_backward_kernel` for these layouts."""
     batch, rows, cols = grad.shape
     return Plan(
@@ -90,9 +89,7 @@ def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         shape = batch, triton.cdiv(rows, ROWS), cols
         dgate = result(f is not None, shape, torch.float32)
-    plan = gate_backward_plan(
-        grad.device, layout(grad), layout(f), layout(gate), df_dtype
-    )
+    plan = gate_backward_plan(grad, f, gate, df_dtype)
     plan.launch(grad, f, gate, df if df_dtype else None, dgate)
     if f is not None and not per_token:
         dgate = dgate.sum(1, dtype=torch.float64).to(gate.dtype)

@@ -2,69 +2,48 @@
 
 Grid, tile, strides and the compiled kernel follow from the tensors' layouts alone. Working
 them out, and having Triton bind some 30 arguments and look up what it compiled for them, takes
-longer than everything else in a call together. So launchers cache their plans by layout.
+longer than everything else in a call together. So plans are kept by layout (`by_layout`).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-PLANS = 1024  # that each launcher keeps; the oldest go first
+from rcmlib.ops.layout import Layout, layout, layout_key
+
+PLANS = 1024  # kept of each kind
 
 
-class Layout(NamedTuple):
-    """What a launch depends on in a tensor: all but its numbers, and where they are."""
+def by_layout(make: Callable) -> Callable:
+    """Calls `make` with layouts in place of tensors, once for each set of them.
 
-    dtype: torch.dtype
-    shape: torch.Size
-    strides: tuple[int, ...]
-    aligned: bool  # to 16 bytes: Triton compiles for that, and the copy engine needs it
-
-
-def layout(t) -> Layout | None:
-    """None for None, and for a number: a launch does not depend on its value."""
-    if not isinstance(t, torch.Tensor):
-        return None
-    return Layout(t.dtype, t.shape, t.stride(), t.data_ptr() % 16 == 0)
-
-
-def is_contiguous(t: Layout) -> bool:
-    stride = 1
-    for size, actual in zip(reversed(t.shape), reversed(t.strides), strict=True):
-        if size > 1 and actual != stride:
-            return False
-        stride *= size
-    return True
-
-
-class Plan:
-    """kernel[grid](*tensors, *numbers, **constants), for any tensors of the same layouts.
-
-    The first launch is Triton's own, which compiles the kernel or finds it. It returns what
-    ran, and later launches run that: launch hooks work as ever, pre-run hooks and changes of
-    `triton.knobs` come too late. Interpreted kernels are launched by Triton every time.
+    A number becomes None: a launch does not depend on its value. The other arguments, to be
+    told apart by their values, are passed on.
     """
+    plans = {}
 
-    def __init__(self, kernel, programs: int, *numbers, **constants):
-        self.kernel = kernel
-        self.grid = (programs, 1, 1)
-        self.numbers = numbers
-        self.constants = constants
-        self.compiled = None
-        # As the compiled kernel takes them, by position.
-        names = getattr(kernel, "arg_names", ())
-        self.rest = (*numbers, *(constants[n] for n in names if n in constants))
+    @functools.wraps(make)
+    def find(*arguments):
+        key = layout_key(arguments)
+        plan = plans.get(key)
+        if plan is None:
+            plan = make(*map(_planned_for, arguments))
+            if len(plans) >= PLANS:
+                plans.clear()
+            plans[key] = plan
+        return plan
 
-    def launch(self, *tensors) -> None:
-        """tensors: the kernel's first arguments; tensors, descriptors, None, and floats, on
-        whose values Triton never specialises."""
-        if self.compiled is None:
-            launch = self.kernel[self.grid]
-            self.compiled = launch(*tensors, *self.numbers, **self.constants)
-        else:
-            self.compiled[self.grid](*tensors, *self.rest)
+    return find
+
+
+def _planned_for(a):
+    if isinstance(a, Tensor):
+        return layout(a)
+    return None if isinstance(a, float) else a
 
 
 class Box(NamedTuple):
@@ -74,15 +53,56 @@ class Box(NamedTuple):
     strides: list[int]
     block: list[int]
 
-    def of(self, t: torch.Tensor) -> TensorDescriptor:
-        return _Checked(t, *self)
+
+class Plan:
+    """kernel[grid](*tensors, *numbers, **constants), for any tensors of the same layouts.
+
+    boxes: of the first tensors, which go in as descriptors for the copy engine.
+
+    The first launch is Triton's own, which compiles the kernel or finds it. It returns what
+    ran, and later launches run that: launch hooks work as ever, pre-run hooks and changes of
+    `triton.knobs` come too late. Interpreted kernels are launched by Triton every time.
+    """
+
+    def __init__(
+        self,
+        kernel,
+        programs: int,
+        *numbers,
+        boxes: tuple[Box, ...] = (),
+        **constants,
+    ):
+        self.kernel = kernel
+        self.grid = (programs, 1, 1)
+        self.numbers = numbers
+        self.boxes = boxes
+        self.constants = constants
+        self.run = None
+        # As the compiled kernel takes them, by position.
+        names = getattr(kernel, "arg_names", ())
+        self.rest = (*numbers, *(constants[n] for n in names if n in constants))
+
+    def launch(self, *tensors) -> None:
+        """tensors: the kernel's first arguments; tensors, None, and floats, on whose values
+        Triton never specialises. On the current stream of the current device."""
+        if self.boxes:
+            boxed = map(_Descriptor, tensors, self.boxes)
+            tensors = (*boxed, *tensors[len(self.boxes) :])
+        if self.run is None:
+            launch = self.kernel[self.grid]
+            compiled = launch(*tensors, *self.numbers, **self.constants)
+            if compiled is not None:
+                self.run = compiled[self.grid]
+        else:
+            self.run(*tensors, *self.rest)
 
 
-class _Checked(TensorDescriptor):
+class _Descriptor(TensorDescriptor):
     """Without the checks at every call. Planning makes sure of what they ask."""
 
-    def __post_init__(self):
-        pass
+    def __init__(self, base: Tensor, box: Box):
+        self.base = base
+        self.shape, self.strides, self.block_shape = box
 
 
 def descriptors_allowed(*layouts: Layout) -> bool:

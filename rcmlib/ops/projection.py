@@ -11,7 +11,6 @@ written too where the backward pass needs it (for dc_out or dgate). Recomputing 
 matrix product, and (out − c_skip·x)/c_out loses all digits as c_out → 0.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -22,14 +21,7 @@ from rcmlib.ops import interpreting
 from rcmlib.ops.attention import copy_engine, device_capability, dot_precision
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
 from rcmlib.ops.gate import load_gate, strides_of_gate
-from rcmlib.ops.plan import (
-    PLANS,
-    Box,
-    Plan,
-    box_of_rows,
-    descriptors_allowed,
-    layout,
-)
+from rcmlib.ops.plan import Plan, box_of_rows, by_layout, descriptors_allowed
 
 
 @triton.jit
@@ -231,24 +223,19 @@ def choose_tile(
     return Tile(128, 128, 32, num_warps=8, num_stages=3, parts=4)
 
 
-@functools.lru_cache(PLANS)
-def projection_plan(
-    device, a, weight, bias, x, c_skip, c_out, save_f
-) -> tuple[Plan, tuple[Box, Box] | None]:
-    """The launch of `projection_kernel` for these layouts, and how to read a and weight.
-
-    The boxes are for the copy engine; None: by pointers.
-    """
+@by_layout
+def projection_plan(a, weight, bias, x, c_skip, c_out, save_f) -> Plan:
+    """The launch of `projection_kernel` for these layouts."""
     batch, rows, depth = a.shape
     cols = weight.shape[0]
     rank = 0 if c_out is None else len(c_out.shape)
-    capability = device_capability(device)
+    capability = device_capability(a.device)
     tile = choose_tile(batch * rows, cols, depth, rank > 1, a.dtype, capability)
     a4 = a._replace(
         shape=(batch, 1, rows, depth), strides=(a.strides[0], 0, *a.strides[1:])
     )
     w4 = weight._replace(shape=(1, 1, cols, depth), strides=(0, 0, *weight.strides))
-    boxes = None
+    boxes = ()
     tma = copy_engine(a.dtype, capability) and descriptors_allowed(a4, w4)
     if tma:
         boxes = (
@@ -256,10 +243,10 @@ def projection_plan(
             box_of_rows(w4, tile.block_n, tile.block_k),
         )
     tiles = batch * triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
-    if tile.persistent and device.type == "cuda":
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if tile.persistent and a.device.type == "cuda":
+        sms = torch.cuda.get_device_properties(a.device).multi_processor_count
         tiles = min(tiles, sms)
-    plan = Plan(
+    return Plan(
         projection_kernel, tiles, batch, rows, cols, depth,
         *a.strides[:2], weight.strides[0], *x.strides[:2],
         *(strides_of_gate(c_out) if rank > 1 else (0, 0)),
@@ -267,31 +254,27 @@ def projection_plan(
         GROUP=tile.group, PARTS=tile.parts, PERSISTENT=tile.persistent, TMA=tma,
         RAGGED=depth % tile.block_k != 0, C_OUT_RANK=rank,
         PRECISION=dot_precision(a.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, boxes=boxes,
     )  # fmt: skip
-    return plan, boxes
 
 
 def projection_forward(
-    a, weight, bias, x, c_skip, c_out, save_f
+    a, weight, bias, x, c_skip, c_out, save_f, plan: Plan | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches `projection_kernel` on checked inputs (see `rcmlib.rcm_projection`).
 
     c_skip, c_out: two numbers or two [B]; or the number 1 and a gate [B, C] or [B, N, C].
     Returns (out, f); f, in a's dtype, is empty unless `save_f`.
+    plan: `projection_plan`'s for these arguments, if it is known already; c_skip and c_out
+    are then as the kernel takes them.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     f = torch.empty(x.shape if save_f else (0,), dtype=a.dtype, device=a.device)
-    if isinstance(c_out, float) or c_out.ndim < 2:
-        c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
-    else:
-        c_skip, _, _ = kernel_coefficients(c_skip, c_skip)
-    plan, boxes = projection_plan(
-        a.device, layout(a), layout(weight), layout(bias), layout(x), layout(c_skip),
-        layout(c_out), save_f,
-    )  # fmt: skip
-    sources = (a, weight)
-    if boxes is not None:
-        sources = (boxes[0].of(a), boxes[1].of(weight))
-    plan.launch(*sources, bias, x, out, f if save_f else None, c_skip, c_out)
+    if plan is None:
+        if isinstance(c_out, float) or c_out.ndim < 2:
+            c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
+        else:
+            c_skip, _, _ = kernel_coefficients(c_skip, c_skip)
+        plan = projection_plan(a, weight, bias, x, c_skip, c_out, save_f)
+    plan.launch(a, weight, bias, x, out, f if save_f else None, c_skip, c_out)
     return out, f

@@ -15,7 +15,6 @@ leaves the softmax as it is (SageAttention, arXiv 2410.02367); of q and v with a
 HBM: each copy reads 2 bytes an element and writes 1; a mean or a range reads 2 more.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 
 from rcmlib.ops import interpreting
-from rcmlib.ops.plan import PLANS, Plan, layout
+from rcmlib.ops.plan import Plan, by_layout
 
 PAD = 128  # tokens are padded to whole tiles of any size in use
 TINY = tl.constexpr(2.0**-110)  # a smaller maximum would overflow limit / maximum
@@ -191,8 +190,8 @@ class Columns(NamedTuple):
     top: torch.Tensor | None
 
 
-@functools.lru_cache(PLANS)
-def columns_plans(device, t, smooth, ranged) -> tuple[Plan, Plan, int]:
+@by_layout
+def columns_plans(t, smooth, ranged) -> tuple[Plan, Plan, int]:
     """The launches of `columns_kernel` and `combine_kernel` for a t of this layout, and the
     number of chunks between them."""
     batch, heads, length, dim = t.shape
@@ -224,7 +223,7 @@ def columns(t: torch.Tensor, smooth: bool, ranged: bool) -> Columns:
         return Columns(None, None)
     batch, heads, _, dim = t.shape
     block_d = padded_dim(dim)
-    parts, whole, chunks = columns_plans(t.device, layout(t), smooth, ranged)
+    parts, whole, chunks = columns_plans(t, smooth, ranged)
     empty = _empty_like(t)
     sums = empty((batch * heads * chunks, block_d), torch.float64)
     highs = lows = top = mean = None
@@ -238,8 +237,8 @@ def columns(t: torch.Tensor, smooth: bool, ranged: bool) -> Columns:
     return Columns(mean, top)
 
 
-@functools.lru_cache(PLANS)
-def int8_plan(device, t, mean, group) -> Plan:
+@by_layout
+def int8_plan(t, mean, group) -> Plan:
     """The launch of `int8_kernel` for a t and a mean of these layouts."""
     batch, heads, length, dim = t.shape
     block_d = padded_dim(dim)
@@ -268,13 +267,13 @@ def quantize_int8(
     empty = _empty_like(t)
     out = empty((batch, heads, padded, padded_dim(dim)), torch.int8)
     scales = empty((batch, heads, padded // group), torch.float32)
-    plan = int8_plan(t.device, layout(t), layout(mean), group)
+    plan = int8_plan(t, mean, group)
     plan.launch(t, mean, out, scales, factor)
     return out, scales
 
 
-@functools.lru_cache(PLANS)
-def values_plan(device, v, mean, top, fp8) -> Plan:
+@by_layout
+def values_plan(v, mean, top, fp8) -> Plan:
     """The launch of `values_kernel` for a v of this layout."""
     batch, heads, length, dim = v.shape
     block_d = padded_dim(dim)
@@ -304,7 +303,7 @@ def quantize_values(
     shape = (block_d, padded) if fp8 else (padded, block_d)
     dtype = torch.float8_e4m3fn if fp8 else torch.float16
     out = _empty_like(v)((batch, heads, *shape), dtype)
-    plan = values_plan(v.device, layout(v), layout(mean), layout(top), fp8)
+    plan = values_plan(v, mean, top, fp8)
     plan.launch(v, mean, top, out, limit)
     return out
 

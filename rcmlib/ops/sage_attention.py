@@ -13,7 +13,6 @@ SageAttention2: arXiv 2411.10958; 2++: arXiv 2505.21136. x, out [B, Nq, H·D].
 HBM: the 8-bit copies and x are read, out is written.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -24,14 +23,13 @@ from rcmlib.ops import interpreting
 from rcmlib.ops.attention import (
     LOG2_E,
     Tile,
-    architecture,
     copy_engine,
     device_capability,
     key_range,
     own_rows,
 )
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
-from rcmlib.ops.plan import PLANS, Box, Plan, box_of_matrix, layout
+from rcmlib.ops.plan import Plan, box_of_matrix, by_layout
 from rcmlib.ops.quantize import (
     E4M3_MAX,
     columns,
@@ -247,7 +245,9 @@ def quantize_operands(
     q_group, k_group: tokens that share a scale (`quantize_int8`); k_group has to be a multiple
     of the kernel's BLOCK_N, which is also what it is unless given.
     """
-    k_group = k_group or choose_sage_tile(q.shape[-1], pv, architecture(q)).block_n
+    if k_group is None:
+        capability = device_capability(q.device)
+        k_group = choose_sage_tile(q.shape[-1], pv, capability).block_n
     factor = scale * LOG2_E
     k_mean = columns(k, smooth_k, False).mean
     q_mean = columns(q, smooth_q, False).mean
@@ -278,25 +278,21 @@ def sage_attention_forward(
     return attend_quantized(operands, x, c_skip, c_out, is_causal, *sizes, dtype)
 
 
-@functools.lru_cache(PLANS)
+@by_layout
 def sage_plan(
-    device, operands, x, c_skip, c_out, pv, is_causal, q_len, head_dim, kv_len, dtype
-) -> tuple[Plan, tuple[Box, ...] | None]:
-    """The launch of `sage_attention_kernel` for these layouts, and how to read q, k and v.
-
-    operands: of the tensors of `Operands`. The boxes are for the copy engine; None: by
-    pointers.
-    """
-    q, k, v, q_scale, k_scale, *_ = operands
+    q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, c_skip, c_out,
+    pv, is_causal, q_len, head_dim, kv_len, dtype,
+) -> Plan:  # fmt: skip
+    """The launch of `sage_attention_kernel` for these layouts."""
     batch, heads, q_padded, block_d = q.shape
     kv_padded = k.shape[2]
-    capability = device_capability(device)
+    capability = device_capability(q.device)
     tile = choose_sage_tile(head_dim, pv, capability)
     tma = copy_engine(torch.int8, capability)
-    boxes = None
+    boxes = ()
     if tma:
         boxes = tuple(map(box_of_matrix, (q, k, v), operand_boxes(tile, block_d, pv)))
-    plan = Plan(
+    return Plan(
         sage_attention_kernel, batch * heads * triton.cdiv(q_len, tile.block_m),
         heads, q_len, kv_len, q_padded, kv_padded,
         *(x.strides[:2] if x is not None else (0, 0)),
@@ -305,8 +301,8 @@ def sage_plan(
         TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
         PER_SAMPLE=c_skip is not None, PV=pv, NATIVE=not interpreting(),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
+        boxes=boxes,
     )  # fmt: skip
-    return plan, boxes
 
 
 def attend_quantized(
@@ -314,19 +310,15 @@ def attend_quantized(
 ) -> torch.Tensor:
     """Launches `sage_attention_kernel`: [B, Nq, H·D] in `dtype`; without x, attention alone."""
     *tensors, v_limit, pv = operands
-    q, k, v, *others = tensors
-    batch, heads = q.shape[:2]
-    out = torch.empty((batch, q_len, heads * head_dim), dtype=dtype, device=q.device)
+    batch, heads = operands.q.shape[:2]
+    shape = (batch, q_len, heads * head_dim)
+    out = torch.empty(shape, dtype=dtype, device=operands.q.device)
     if x is not None:
         c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
-    plan, boxes = sage_plan(
-        q.device, tuple(map(layout, tensors)), layout(x), layout(c_skip), layout(c_out),
-        pv, is_causal, q_len, head_dim, kv_len, dtype,
-    )  # fmt: skip
-    sources = (q, k, v)
-    if boxes is not None:
-        sources = (boxes[0].of(q), boxes[1].of(k), boxes[2].of(v))
-    plan.launch(*sources, *others, x, out, c_skip, c_out, 1 / v_limit)
+    plan = sage_plan(
+        *tensors, x, c_skip, c_out, pv, is_causal, q_len, head_dim, kv_len, dtype
+    )
+    plan.launch(*tensors, x, out, c_skip, c_out, 1 / v_limit)
     return out
 
 

@@ -10,7 +10,6 @@ HBM: forward reads x and f once and writes out once, backward reads g and writes
 (and reads x and f, if their coefficients want a gradient). The roofline is a copy's.
 """
 
-import functools
 import math
 
 import torch
@@ -18,7 +17,8 @@ import triton
 import triton.language as tl
 
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
-from rcmlib.ops.plan import PLANS, Plan, is_contiguous, layout
+from rcmlib.ops.layout import is_contiguous
+from rcmlib.ops.plan import Plan, by_layout
 
 TILE = 4096  # elements a program: 8 KiB a tensor in bf16, 32 elements a thread
 
@@ -83,8 +83,8 @@ def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows
         tl.store(f_dots + dots_here, tl.sum(g * f_tile.to(tl.float32), 1), r < rows)
 
 
-@functools.lru_cache(PLANS)
-def skip_plan(device, x, f, c_skip, c_out) -> Plan:
+@by_layout
+def skip_plan(x, f, c_skip, c_out) -> Plan:
     """The launch of `skip_kernel` for these layouts."""
     if is_contiguous(x) and is_contiguous(f):  # one row a sample: every tile is full
         cols = math.prod(x.shape[1:])
@@ -101,22 +101,22 @@ def skip_plan(device, x, f, c_skip, c_out) -> Plan:
     )  # fmt: skip
 
 
-def skip_forward(x, f, c_skip, c_out) -> torch.Tensor:
+def skip_forward(x, f, c_skip, c_out, plan: Plan | None = None) -> torch.Tensor:
     """Launches `skip_kernel` on checked inputs (see `rcmlib.rcm_skip`).
 
     x, f: [B, R, C] with a contiguous last dimension, or contiguous [B, …].
+    plan: `skip_plan`'s for these arguments, if it is known already.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
-    plan = skip_plan(x.device, layout(x), layout(f), layout(c_skip), layout(c_out))
+    if plan is None:
+        c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
+        plan = skip_plan(x, f, c_skip, c_out)
     plan.launch(x, f, out, c_skip, c_out)
     return out
 
 
-@functools.lru_cache(PLANS)
-def skip_backward_plan(
-    device, grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype
-) -> Plan:
+@by_layout
+def skip_backward_plan(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype) -> Plan:
     """The launch of `skip_backward_kernel` for these layouts."""
     batch, rows, cols = grad.shape
     width = width or tile(rows, cols)[1]
@@ -151,10 +151,7 @@ def skip_backward(
     x_dots = result(x is not None, dots, torch.float32)
     f_dots = result(f is not None, dots, torch.float32)
     c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
-    plan = skip_backward_plan(
-        grad.device, layout(grad), layout(x), layout(f), layout(c_skip), layout(c_out),
-        width, dx_dtype, df_dtype,
-    )  # fmt: skip
+    plan = skip_backward_plan(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype)
     plan.launch(
         grad, x, f, dx if dx_dtype else None, df if df_dtype else None, x_dots, f_dots,
         c_skip, c_out,

@@ -46,12 +46,12 @@ KERNELS = (*(f"sage_kernel_{pv}" for pv in PV), "sage_kernel_no_skip")
 
 def copies_case(name: str) -> dict:
     from rcmlib.ops import quantize
-    from rcmlib.ops.attention import architecture
+    from rcmlib.ops.attention import device_capability
     from rcmlib.ops.sage_attention import choose_sage_tile
 
     q, k, v, *_ = attention_inputs(*SHAPES[name])
     dim = q.shape[3]
-    group = choose_sage_tile(dim, "fp8", architecture(q)).block_n
+    group = choose_sage_tile(dim, "fp8", device_capability(q.device)).block_n
     mean = quantize.columns(k, True, False).mean
     v_mean, v_top = quantize.columns(v, True, True)
     q_copy = partial(quantize.quantize_int8, q, 1, None, 0.1)

@@ -1,6 +1,5 @@
 """Chapters 2 to 6: the skip, attention with it, the choice of tiles, the 1/N law."""
 
-import functools
 from functools import partial
 from unittest import mock
 
@@ -41,18 +40,14 @@ def measure_tiles() -> list[dict]:
     from triton.runtime.errors import OutOfResources
 
     from rcmlib.ops import attention
+    from rcmlib.ops.plan import by_layout
 
     def with_tile(tile, inputs):
-        plan = functools.lru_cache(attention.attention_plan.__wrapped__)  # its own
-
-        def run():
-            with (
-                mock.patch.object(attention, "choose_tile", lambda *_: tile),
-                mock.patch.object(attention, "attention_plan", plan),
-            ):
-                return rcmlib.rcm_attention(*inputs)
-
-        return run
+        find = by_layout(attention.attention_plan.__wrapped__)
+        with mock.patch.object(attention, "choose_tile", lambda *_: tile):
+            plan = find(*inputs, False, False)
+        scale = inputs[0].shape[-1] ** -0.5
+        return lambda: attention.attention_forward(*inputs, scale, False, plan=plan)[0]
 
     cases = []
     for name in ("seed", "D128_N8192"):
