@@ -1,5 +1,7 @@
 """rcm_attention against float64: shapes, strides, coefficients, extremes."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import rcmlib
 from rcmlib import reference
+from rcmlib.functional.attention import REPEATS
 from rcmlib.ops import attention
 from rcmlib.ops.layout import layout
 from tests.inputs import (
@@ -30,6 +33,21 @@ SHAPES = [  # (B, H, Nq, Nkv, D)
 ]
 
 
+@pytest.fixture(params=[True, False], ids=["as_few_rows", "as_many"])
+def few(request, monkeypatch):
+    """Small inputs are launched as what they are, and as large ones would be."""
+
+    def forget():
+        attention.attention_plan.cache_clear()
+        REPEATS.known.clear()
+
+    monkeypatch.setattr(attention, "few_rows", lambda *_: request.param)
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -147,6 +165,59 @@ def test_large_scores_do_not_overflow(device):
     q, k, v, x, c_skip, c_out = heads((1, 1, 40, 40, 16), torch.float32, device)
     inputs = (q * 1e4, k * 1e4, v, x, c_skip, c_out)
     assert_close(rcmlib.rcm_attention(*inputs), reference.rcm_attention(*inputs), x)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("tokens", [171, 192])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("height", [40.0, 300.0])
+def test_one_key_may_tower_over_the_others(
+    height, place, dim, tokens, is_causal, device, monkeypatch
+):
+    """Its score is larger by `height`, for one query in each block of 64 but the first.
+
+    exp(height) overflows: a maximum that was found without that key will not do.
+    """
+    dtype = torch.bfloat16
+    if device == "cpu":  # the H100's tile, and the type that the interpreter has
+        choose = partial(attention.choose_tile, dim, dtype, (9, 0))
+        monkeypatch.setattr(attention, "choose_tile", lambda *a: choose(*a[3:]))
+        dtype = torch.float32
+    q, k, v, x, c_skip, c_out = heads((1, 2, tokens, tokens, dim), dtype, device)
+    k[..., 0] = 0
+    k[:, 0, 0 if place == "first" else -1, 0] = height
+    q[..., 0] = 0
+    q[:, 0, 70::64, 0] = dim**0.5
+    inputs = (q, k, v, x, c_skip, c_out)
+    plan = attention.attention_plan.__wrapped__(*map(layout, inputs), is_causal, True)
+    out, _, lse = attention.attention_forward(*inputs, dim**-0.5, is_causal, True, plan)
+    ref = reference.rcm_attention(*inputs, is_causal=is_causal)
+    assert_close(out, ref, torch_attention(*inputs, is_causal=is_causal))
+    scores = q.double() @ k.double().mT * dim**-0.5
+    if is_causal:
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    torch.testing.assert_close(
+        lse.double() / attention.LOG2_E, scores.logsumexp(-1), rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_is_not_finite_spreads_no_further_than_it_must(dim, device):
+    """A query that is NaN spoils its own row, an infinite value its own channel."""
+    q, k, v, x, c_skip, c_out = heads((1, 2, 200, 200, dim), torch.bfloat16, device)
+    q[0, 1, 100] = float("nan")
+    v[0, 1, 7, 3] = float("inf")
+    inputs = (q, k, v, x, c_skip, c_out)
+    out = rcmlib.rcm_attention(*inputs)
+    ref = reference.rcm_attention(*inputs)
+    assert torch.equal(out.isfinite(), ref.isfinite())
+    good = ref.isfinite()
+    peer = torch_attention(*inputs)
+    assert_close(out[good], ref[good], peer[good])
 
 
 @pytest.mark.gpu

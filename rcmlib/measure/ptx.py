@@ -118,7 +118,8 @@ def _attention(job: Job):
     tma = job.aligned and attention.copy_engine(*target)
     if job.kernel == "attention":
         kernel = attention.attention_kernel
-        tile = attention.choose_tile(job.head_dim, *target, job.aligned)
+        pairs = attention.pairs_pay(job.head_dim, job.causal, 64 + job.ragged)
+        tile = attention.choose_tile(job.head_dim, *target, tma, pairs)
     else:
         kernel = getattr(attention_backward, f"{job.kernel}_kernel")
         tiles = attention_backward.choose_backward_tiles(
@@ -135,6 +136,7 @@ def _attention(job: Job):
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "D": job.head_dim,
         "BLOCK_D": block_d, "TWO": getattr(tile, "two", False), "TMA": tma,
+        "FIXED": getattr(tile, "fixed", False),
         "CAUSAL": job.causal, "RAGGED": job.ragged, "PER_SAMPLE": True,
         "PRECISION": attention.dot_precision(target[0]),
     }  # fmt: skip

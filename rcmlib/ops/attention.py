@@ -20,6 +20,7 @@ from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epil
 from rcmlib.ops.plan import Plan, box_of_rows, by_layout, descriptors_allowed
 
 LOG2_E = math.log2(math.e)  # exp(s) = exp2(s·log2 e), and exp2 is one GPU instruction
+LIMIT = tl.constexpr(2.0**120)  # of a sum of weights; 1 / LIMIT is a normal number, too
 
 
 @triton.jit
@@ -47,13 +48,13 @@ def load_rows(src, b, h, row, length, stride_b, stride_h, stride_n,
 
 
 @triton.jit
-def weigh(s, m, l, qk_scale, j, first_row, kv_len, CAUSAL: tl.constexpr,
-          MASK: tl.constexpr):  # fmt: skip
-    """The softmax's step for the scores s of the key tile at j: (p, alpha, m, l).
+def weigh(s, acc, m, l, qk_scale, j, first_row, kv_len, CAUSAL: tl.constexpr,
+          MASK: tl.constexpr, FIXED: tl.constexpr):  # fmt: skip
+    """The softmax's step for the scores s of the key tile at j: (p, acc, m, l).
 
-    Per query row: m is the largest score so far (in units of log2), l the sum of
+    Per query row: m is the largest score so far (in units of log2), l the sum of the weights
     p = exp2(score − m), in eight parts: on Hopper each is one thread's own. A larger m
-    rescales what was summed before by alpha.
+    rescales what was summed before. FIXED: m stays what it is, whatever the scores are.
     """
     if MASK:
         cols = j + tl.arange(0, s.shape[1])[None, :]
@@ -61,12 +62,13 @@ def weigh(s, m, l, qk_scale, j, first_row, kv_len, CAUSAL: tl.constexpr,
         if CAUSAL:
             visible &= cols <= first_row + tl.arange(0, s.shape[0])[:, None]
         s = tl.where(visible, s, float("-inf"))
-    # Key 0 is in the first tile and visible to every row, so m_new is never -inf.
-    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
-    p = tl.exp2(s * qk_scale - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
-    parts = p.reshape(p.shape[0], p.shape[1] // 8, 8)
-    return p, alpha, m_new, l * alpha[:, None] + tl.sum(parts, 1)
+    if not FIXED:
+        # The first tile has a key that every row sees, so this is never -inf.
+        larger = tl.maximum(m, tl.max(s, 1) * qk_scale)
+        alpha = tl.exp2(m - larger)[:, None]
+        acc, m, l = acc * alpha, larger, l * alpha
+    p = tl.exp2(s * qk_scale - m[:, None])
+    return p, acc, m, l + tl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 8), 1)
 
 
 @triton.jit
@@ -75,8 +77,8 @@ def attend(acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, start, stop, first_
            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
            BLOCK_N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
            CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-           TWO: tl.constexpr):  # fmt: skip
-    """One online-softmax step for each key tile in [start, stop).
+           TWO: tl.constexpr, FIXED: tl.constexpr):  # fmt: skip
+    """One softmax step for each key tile in [start, stop).
 
     acc sums v weighted by p. With TWO there is a second block of rows, whose names end in _b:
     a key tile, once fetched, serves both.
@@ -89,17 +91,24 @@ def attend(acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, start, stop, first_
         s = tl.dot(qt, kt.T, input_precision=PRECISION)
         if TWO:
             s_b = tl.dot(qt_b, kt.T, input_precision=PRECISION)
-        p, alpha, m, l = weigh(s, m, l, qk_scale, j, first_row, kv_len, CAUSAL, MASK)
-        acc = acc * alpha[:, None]
+        p, acc, m, l = weigh(s, acc, m, l, qk_scale, j, first_row, kv_len, CAUSAL, MASK,
+                             FIXED)  # fmt: skip
         vt = load_rows(v, b, h, j, kv_len, stride_vb, stride_vh, stride_vn,
                        BLOCK_N, D, BLOCK_D, TMA, MASK)  # fmt: skip
         acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision=PRECISION)
         if TWO:  # while the tensor core does that product, the other block's softmax
-            p, alpha, m_b, l_b = weigh(s_b, m_b, l_b, qk_scale, j, first_row + BLOCK_M,
-                                       kv_len, CAUSAL, MASK)  # fmt: skip
-            acc_b = acc_b * alpha[:, None]
+            p, acc_b, m_b, l_b = weigh(s_b, acc_b, m_b, l_b, qk_scale, j,
+                                       first_row + BLOCK_M, kv_len, CAUSAL, MASK,
+                                       FIXED)  # fmt: skip
             acc_b = tl.dot(p.to(vt.dtype), vt, acc_b, input_precision=PRECISION)
     return acc, m, l, acc_b, m_b, l_b
+
+
+@triton.jit
+def overflowed(acc, l):
+    """Did a weight make one of these sums too large for float32, or not a number?"""
+    fine = (tl.abs(acc) < LIMIT) & (tl.sum(l, 1) < LIMIT)[:, None]
+    return tl.min(tl.min(fine.to(tl.int32), 1), 0) == 0
 
 
 @triton.jit
@@ -181,7 +190,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
                      stride_vb, stride_vh, stride_vn, stride_xb, stride_xn,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
                      BLOCK_D: tl.constexpr, TWO: tl.constexpr, TMA: tl.constexpr,
-                     CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
+                     CAUSAL: tl.constexpr, RAGGED: tl.constexpr, FIXED: tl.constexpr,
                      PER_SAMPLE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     ROWS: tl.constexpr = 2 * BLOCK_M if TWO else BLOCK_M
     b, h, first_row = own_rows(heads, q_len, ROWS, CAUSAL)
@@ -203,16 +212,33 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_b, m_b, l_b = acc, m, l
 
+    # The last tiles first: only they may need a mask, and they find a maximum to start from.
     whole, stop = key_range(kv_len, first_row, ROWS, BLOCK_N, CAUSAL)
+    last = tl.minimum(whole, (stop - 1) // BLOCK_N * BLOCK_N)
     acc, m, l, acc_b, m_b, l_b = attend(
-        acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, 0, whole, first_row,
+        acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, last, stop, first_row,
         kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-        stride_vn, BLOCK_N, D, TMA, CAUSAL, False, PRECISION, TWO)  # fmt: skip
-    if RAGGED or CAUSAL:
-        acc, m, l, acc_b, m_b, l_b = attend(
-            acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, whole, stop, first_row,
-            kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-            stride_vn, BLOCK_N, D, TMA, CAUSAL, True, PRECISION, TWO)  # fmt: skip
+        stride_vn, BLOCK_N, D, TMA, CAUSAL, RAGGED or CAUSAL, PRECISION, TWO,
+        False)  # fmt: skip
+    acc, m, l, acc_b, m_b, l_b = attend(
+        acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, 0, last, first_row,
+        kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+        stride_vn, BLOCK_N, D, TMA, CAUSAL, False, PRECISION, TWO, FIXED)  # fmt: skip
+    if FIXED:
+        again = overflowed(acc, l)
+        if TWO:
+            again |= overflowed(acc_b, l_b)
+        if (
+            again
+        ):  # some score is 80 above the maximum we started from: follow it this time
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            l = tl.zeros([BLOCK_M, 8], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            acc, m, l, acc_b, m_b, l_b = attend(
+                acc, m, l, acc, m, l, qt, qt_b, k, v, b, h, 0, stop, first_row,
+                kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                stride_vn, BLOCK_N, D, TMA, CAUSAL, RAGGED or CAUSAL, PRECISION, TWO,
+                False)  # fmt: skip
     finish(acc, m, l, xt, x, out, saved_f, lse, c_skip, c_out, b, h, first_row,
            heads, q_len, stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
     if TWO:
@@ -229,23 +255,27 @@ class Tile(NamedTuple):
     num_stages: int
     maxnreg: int | None = None  # the most registers a thread may have (None: no limit)
     two: bool = False  # a program owns two blocks of block_m queries
+    fixed: bool = False  # all weights are relative to the last tiles' maximum
 
 
 def choose_tile(
     head_dim: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
-    aligned: bool = True,
+    tma: bool = True,
+    pairs: bool = True,
 ) -> Tile:
     """The tile for a GPU of this compute capability, without a register spilled in its loop.
 
-    aligned: the copy engine can read q, k and v (`descriptors_allowed`).
+    tma: the copy engine reads q, k and v, where that pays (`copy_engine`).
+    pairs: a program may own two blocks of rows.
 
     D ≤ 128 on sm_90 was measured (chapter 6); the other lines compile without spills
-    (tests/test_compilation.py). float32 uses the ordinary FMA units, for IEEE products,
-    and keeps its operands in registers, so its tiles are small. sm_90 and sm_100 have
-    227 KiB of shared memory, enough for two or three programs on an SM; sm_89 and sm_120
-    have 99.
+    (tests/test_compilation.py). Weights relative to a fixed maximum may be as large as 2¹²⁰:
+    float16 cannot hold them, and for sm_100 Triton 3.6 does not compile the check of their
+    sums. float32 uses the ordinary FMA units, for IEEE products, and keeps its operands in
+    registers, so its tiles are small. sm_90 and sm_100 have 227 KiB of shared memory, enough
+    for two to four programs on an SM; sm_89 and sm_120 have 99.
     """
     block_d = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
@@ -254,13 +284,20 @@ def choose_tile(
         return Tile(32, 32, num_warps=8, num_stages=1)
     if block_d == 256:
         return Tile(64, 32, num_warps=8, num_stages=2)
+    if capability[0] == 9:
+        tile = Tile(64, 64, num_warps=4, num_stages=3, fixed=dtype == torch.bfloat16)
+        if block_d == 128 and tma and pairs:
+            return tile._replace(num_stages=2, two=True)
+        if block_d == 128 or not tma:
+            return tile
+        if not tile.fixed:
+            return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=168)
+        # Registers for three programs of two blocks on an SM, or for four of one.
+        return tile._replace(maxnreg=168 if pairs else 128, two=pairs)
     if copy_engine(dtype, capability):
         if block_d == 128:
-            if aligned and capability[0] == 9:
-                return Tile(64, 64, num_warps=4, num_stages=2, two=True)
             return Tile(64, 64, num_warps=4, num_stages=3)
-        limit = 168 if capability[0] == 9 else None  # three programs on an SM
-        return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=limit)
+        return Tile(64, 128, num_warps=4, num_stages=2)
     if block_d == 128:
         return Tile(128, 32, num_warps=8, num_stages=3)
     return Tile(64, 64, num_warps=4, num_stages=3)
@@ -283,6 +320,25 @@ def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     return dtype != torch.float32 and capability[0] in (9, 10)
 
 
+def few_rows(blocks: int, device: torch.device) -> bool:
+    """Are so many blocks of 128 rows too few to keep the SMs of this GPU busy?
+
+    Then a program owns one block of 64, so that there are more of them. And it reads by
+    pointers, which is as fast here: encoding three descriptors for the copy engine takes a
+    third of the launch, and a small launch takes longer than its kernel. Chapter 6 has the
+    times on both sides of this line.
+    """
+    if device.type != "cuda":
+        return False
+    return blocks < 1.5 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def pairs_pay(head_dim: int, is_causal: bool, kv_len: int) -> bool:
+    """May a program own two blocks of 64 rows? Along the diagonal one of them would wait for
+    the other; and with D = 64 there are no registers for masks on both."""
+    return not is_causal and (head_dim > 64 or kv_len % 64 == 0)
+
+
 @by_layout
 def attention_plan(q, k, v, x, c_skip, c_out, is_causal, save) -> Plan:
     """The launch of `attention_kernel` for these layouts."""
@@ -290,9 +346,12 @@ def attention_plan(q, k, v, x, c_skip, c_out, is_causal, save) -> Plan:
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
     capability = device_capability(q.device)
-    aligned = descriptors_allowed(q, k, v)
-    tile = choose_tile(head_dim, q.dtype, capability, aligned)
-    tma = copy_engine(q.dtype, capability) and aligned
+    few = few_rows(batch * heads * triton.cdiv(q_len, 128), q.device)
+    tma = copy_engine(q.dtype, capability) and not few and descriptors_allowed(q, k, v)
+    pairs = not few and pairs_pay(head_dim, is_causal, kv_len)
+    tile = choose_tile(head_dim, q.dtype, capability, tma, pairs)
+    if q.device.type != "cuda" and q.dtype == torch.float32:
+        tile = tile._replace(fixed=True)  # the interpreter's stand-in for bfloat16
     boxes = ()
     if tma:
         rows = (tile.block_m, tile.block_n, tile.block_n)
@@ -304,6 +363,7 @@ def attention_plan(q, k, v, x, c_skip, c_out, is_causal, save) -> Plan:
         *(x.strides[:2] if x is not None else (0, 0)),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim, BLOCK_D=block_d,
         TWO=tile.two, TMA=tma, CAUSAL=is_causal, RAGGED=kv_len % tile.block_n != 0,
+        FIXED=tile.fixed,
         PER_SAMPLE=c_skip is not None, PRECISION=dot_precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
         boxes=boxes,

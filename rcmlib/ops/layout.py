@@ -17,12 +17,18 @@ class Layout(NamedTuple):
 
 
 def layout(t: Tensor) -> Layout:
-    return Layout(t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16 == 0)
+    return Layout._make(fields(t))
+
+
+def fields(t: Tensor) -> tuple:
+    """`Layout`'s, without the time that it takes to make one. RuntimeError for a tensor that
+    has no strides, or no memory of its own."""
+    return (t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16 == 0)
 
 
 def layout_key(arguments) -> tuple:
-    """Equal for arguments of the same layouts: `Layout`'s fields for a tensor, the type for a
-    float or None, and type and value (True equals 1) for all else.
+    """Equal for arguments of the same layouts: the fields of a tensor, the type of a float or
+    None, and type and value (True equals 1) of all else.
 
     It is flat, which is built and hashed fastest. Still no two lists of arguments share one:
     the first entry of each argument tells how many follow.
@@ -30,7 +36,7 @@ def layout_key(arguments) -> tuple:
     key = []
     for a in arguments:
         if isinstance(a, Tensor):
-            key += (a.dtype, a.device, a.shape, a.stride(), a.data_ptr() % 16 == 0)
+            key += fields(a)
         elif a is None or isinstance(a, float):
             key.append(type(a))
         else:

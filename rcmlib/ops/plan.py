@@ -37,6 +37,7 @@ def by_layout(make: Callable) -> Callable:
             plans[key] = plan
         return plan
 
+    find.cache_clear = plans.clear
     return find
 
 
