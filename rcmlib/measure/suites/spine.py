@@ -28,11 +28,22 @@ ATTENTION = {
     "D128_N32768": (1, 12, 32768, 128),
 }
 ONE_OVER_N = {f"N{n}": (32768 // n, 12, n, 64) for n in (2**e for e in range(8, 16))}
-TILES = [
-    (64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3),
-    (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 4, 2),
-    (64, 64, 4, 2, None, True),
-]  # fmt: skip
+# For each shape: rows, keys, warps, stages, registers, two blocks of rows, fixed maximum.
+TILES = {
+    "seed": [
+        (64, 128, 4, 2, 168), (64, 64, 4, 3, 128), (64, 128, 4, 2, 168, False, True),
+        (64, 128, 4, 3, None, False, True), (64, 64, 4, 3, 128, False, True),
+        (128, 64, 8, 3, None, False, True), (128, 128, 8, 2, None, False, True),
+        (64, 64, 4, 2, 168, True, True), (64, 64, 4, 3, 168, True, True),
+        (64, 64, 4, 3, None, True, True),
+    ],
+    "D128_N8192": [
+        (64, 64, 4, 3), (64, 64, 4, 2, None, True), (64, 64, 4, 2, None, False, True),
+        (64, 64, 4, 3, None, False, True), (64, 128, 4, 2, None, False, True),
+        (128, 64, 8, 3, None, False, True), (128, 128, 8, 2, None, False, True),
+        (64, 64, 4, 2, None, True, True),
+    ],
+}  # fmt: skip
 
 
 def measure_tiles() -> list[dict]:
@@ -50,14 +61,15 @@ def measure_tiles() -> list[dict]:
         return lambda: attention.attention_forward(*inputs, scale, False, plan=plan)[0]
 
     cases = []
-    for name in ("seed", "D128_N8192"):
+    for name, tiles in TILES.items():
         inputs = attention_inputs(*ATTENTION[name])
         expected = rcmlib.rcm_attention(*inputs)
         functions = {}
-        for tile in TILES:
+        for tile in tiles:
             tile = attention.Tile(*tile)
-            label = "{} x {}, {} warps, {} stages".format(*tile)
-            label = f"2 x {label}" if tile.two else label
+            label = "2 x " * tile.two + "{} x {}, {} warps, {} stages".format(*tile)
+            label += f", {tile.maxnreg} registers" if tile.maxnreg else ""
+            label += "" if tile.fixed else ", online softmax"
             run = with_tile(tile, inputs)
             try:
                 error = reference.relative_l2(run(), expected)
