@@ -74,15 +74,15 @@ def test_no_default_configuration_spills_or_wants_too_much_shared_memory(capabil
 def assert_lean(job, compiled):
     """No spills, and shared memory that the GPU has.
 
-    On an H100 attention fills the registers. What runs once a program (a masked tile, the
-    epilogue) may spill a few bytes there: with fewer rows, or fewer programs on an SM, nothing
-    would be spilled, and the loop would be slower. Its loop stores nothing; an address that
-    stays the same may be read back, once a tile.
+    On an H100 at D = 128, attention fills the registers. What runs once a program (a masked
+    tile, the epilogue) may spill a few bytes there: with fewer rows, or fewer programs on an
+    SM, nothing would be spilled, and the loop would be slower. The loop stores nothing; an
+    address that stays the same may be read back, once a tile.
     """
     assert compiled.shared_bytes <= SHARED_KIB[job.capability] * 1024, job
-    full = job.kernel in ("attention", "sage_attention") and job.head_dim <= 128
-    if full and job.capability == 90 and job.dtype != "float32":
-        assert compiled.spill_bytes <= 160, job
+    full = job.kernel in ("attention", "sage_attention") and 64 < job.head_dim <= 128
+    if full and job.capability == 90:
+        assert compiled.spill_bytes <= 128, job
         if compiled.spill_bytes:
             spills = spills_in_loop(compiled.ptx, job.capability)
             assert len(spills) <= 1 and not any("STL" in s for s in spills), job

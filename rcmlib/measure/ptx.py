@@ -118,8 +118,7 @@ def _attention(job: Job):
     tma = job.aligned and attention.copy_engine(*target)
     if job.kernel == "attention":
         kernel = attention.attention_kernel
-        pairs = attention.pairs_pay(job.head_dim, job.causal, 64 + job.ragged)
-        tile = attention.choose_tile(job.head_dim, *target, tma, pairs)
+        tile = attention.choose_tile(job.head_dim, *target, tma, not job.causal)
     else:
         kernel = getattr(attention_backward, f"{job.kernel}_kernel")
         tiles = attention_backward.choose_backward_tiles(

@@ -285,15 +285,15 @@ def choose_tile(
     if block_d == 256:
         return Tile(64, 32, num_warps=8, num_stages=2)
     if capability[0] == 9:
-        tile = Tile(64, 64, num_warps=4, num_stages=3, fixed=dtype == torch.bfloat16)
-        if block_d == 128 and tma and pairs:
-            return tile._replace(num_stages=2, two=True)
-        if block_d == 128 or not tma:
-            return tile
-        if not tile.fixed:
-            return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=168)
-        # Registers for three programs of two blocks on an SM, or for four of one.
-        return tile._replace(maxnreg=168 if pairs else 128, two=pairs)
+        fixed = dtype == torch.bfloat16
+        tile = Tile(64, 64, num_warps=4, num_stages=3, fixed=fixed)
+        if block_d == 128:
+            return tile._replace(num_stages=2, two=True) if tma and pairs else tile
+        if tma and fixed:
+            return tile._replace(maxnreg=128)  # four programs on an SM
+        if tma:
+            return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=168)  # three
+        return tile
     if copy_engine(dtype, capability):
         if block_d == 128:
             return Tile(64, 64, num_warps=4, num_stages=3)
@@ -325,18 +325,11 @@ def few_rows(blocks: int, device: torch.device) -> bool:
 
     Then a program owns one block of 64, so that there are more of them. And it reads by
     pointers, which is as fast here: encoding three descriptors for the copy engine takes a
-    third of the launch, and a small launch takes longer than its kernel. Chapter 6 has the
-    times on both sides of this line.
+    third of the launch, and a small launch takes longer than its kernel. (Measured on an H100.)
     """
     if device.type != "cuda":
         return False
     return blocks < 1.5 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def pairs_pay(head_dim: int, is_causal: bool, kv_len: int) -> bool:
-    """May a program own two blocks of 64 rows? Along the diagonal one of them would wait for
-    the other; and with D = 64 there are no registers for masks on both."""
-    return not is_causal and (head_dim > 64 or kv_len % 64 == 0)
 
 
 @by_layout
@@ -348,7 +341,8 @@ def attention_plan(q, k, v, x, c_skip, c_out, is_causal, save) -> Plan:
     capability = device_capability(q.device)
     few = few_rows(batch * heads * triton.cdiv(q_len, 128), q.device)
     tma = copy_engine(q.dtype, capability) and not few and descriptors_allowed(q, k, v)
-    pairs = not few and pairs_pay(head_dim, is_causal, kv_len)
+    # Along the diagonal, one of two blocks would wait for the other.
+    pairs = not (few or is_causal)
     tile = choose_tile(head_dim, q.dtype, capability, tma, pairs)
     if q.device.type != "cuda" and q.dtype == torch.float32:
         tile = tile._replace(fixed=True)  # the interpreter's stand-in for bfloat16
