@@ -33,21 +33,23 @@ SHAPES = [  # (B, H, Nq, Nkv, D)
 ]
 
 
-@pytest.fixture(params=[True, False], ids=["as_few_rows", "as_many"])
-def few(request, monkeypatch):
-    """Small inputs are launched as what they are, and as large ones would be."""
+@pytest.fixture(params=[None, True, False], ids=["as_is", "as_few_rows", "as_many"])
+def sizes(request, monkeypatch):
+    """Small inputs are launched as what they are; and as long ones, of few or many rows."""
 
     def forget():
         attention.attention_plan.cache_clear()
         REPEATS.known.clear()
 
-    monkeypatch.setattr(attention, "few_rows", lambda *_: request.param)
+    if request.param is not None:
+        monkeypatch.setattr(attention, "few_rows", lambda *_: request.param)
+        monkeypatch.setattr(attention, "SHORT", 0)
     forget()
     yield
     forget()
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -167,7 +169,7 @@ def test_large_scores_do_not_overflow(device):
     assert_close(rcmlib.rcm_attention(*inputs), reference.rcm_attention(*inputs), x)
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("tokens", [171, 192])
 @pytest.mark.parametrize("dim", [64, 128])
@@ -204,7 +206,7 @@ def test_one_key_may_tower_over_the_others(
     )
 
 
-@pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("dim", [64, 128])
 def test_what_is_not_finite_spreads_no_further_than_it_must(dim, device):
     """A query that is NaN spoils its own row, an infinite value its own channel."""

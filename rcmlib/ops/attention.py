@@ -20,6 +20,7 @@ from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epil
 from rcmlib.ops.plan import Plan, box_of_rows, by_layout, descriptors_allowed
 
 LOG2_E = math.log2(math.e)  # exp(s) = exp2(s·log2 e), and exp2 is one GPU instruction
+SHORT = 512  # keys: below, one loop that keeps track of the maximum is faster than two
 LIMIT = tl.constexpr(2.0**120)  # of a sum of weights; 1 / LIMIT is a normal number, too
 
 
@@ -212,33 +213,33 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_b, m_b, l_b = acc, m, l
 
-    # The last tiles first: only they may need a mask, and they find a maximum to start from.
+    # The last tiles first: only they may need a mask, and they find the maximum that is kept.
+    EDGE: tl.constexpr = RAGGED or CAUSAL
     whole, stop = key_range(kv_len, first_row, ROWS, BLOCK_N, CAUSAL)
-    last = tl.minimum(whole, (stop - 1) // BLOCK_N * BLOCK_N)
+    if FIXED:
+        whole = tl.minimum(whole, (stop - 1) // BLOCK_N * BLOCK_N)
+    if FIXED or EDGE:
+        acc, m, l, acc_b, m_b, l_b = attend(
+            acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, whole, stop, first_row,
+            kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+            stride_vn, BLOCK_N, D, TMA, CAUSAL, EDGE, PRECISION, TWO, False)  # fmt: skip
     acc, m, l, acc_b, m_b, l_b = attend(
-        acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, last, stop, first_row,
-        kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-        stride_vn, BLOCK_N, D, TMA, CAUSAL, RAGGED or CAUSAL, PRECISION, TWO,
-        False)  # fmt: skip
-    acc, m, l, acc_b, m_b, l_b = attend(
-        acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, 0, last, first_row,
+        acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, 0, whole, first_row,
         kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
         stride_vn, BLOCK_N, D, TMA, CAUSAL, False, PRECISION, TWO, FIXED)  # fmt: skip
     if FIXED:
         again = overflowed(acc, l)
         if TWO:
             again |= overflowed(acc_b, l_b)
-        if (
-            again
-        ):  # some score is 80 above the maximum we started from: follow it this time
+        if again:
+            # Some score is 80 or more above that maximum. Online softmax can do it.
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             l = tl.zeros([BLOCK_M, 8], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             acc, m, l, acc_b, m_b, l_b = attend(
                 acc, m, l, acc, m, l, qt, qt_b, k, v, b, h, 0, stop, first_row,
                 kv_len, qk_scale, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-                stride_vn, BLOCK_N, D, TMA, CAUSAL, RAGGED or CAUSAL, PRECISION, TWO,
-                False)  # fmt: skip
+                stride_vn, BLOCK_N, D, TMA, CAUSAL, EDGE, PRECISION, TWO, False)  # fmt: skip
     finish(acc, m, l, xt, x, out, saved_f, lse, c_skip, c_out, b, h, first_row,
            heads, q_len, stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
     if TWO:
@@ -264,11 +265,13 @@ def choose_tile(
     capability: tuple[int, int],
     tma: bool = True,
     pairs: bool = True,
+    long: bool = True,
 ) -> Tile:
     """The tile for a GPU of this compute capability, without a register spilled in its loop.
 
     tma: the copy engine reads q, k and v, where that pays (`copy_engine`).
     pairs: a program may own two blocks of rows.
+    long: there are more than SHORT keys.
 
     D ≤ 128 on sm_90 was measured (chapter 6); the other lines compile without spills
     (tests/test_compilation.py). Weights relative to a fixed maximum may be as large as 2¹²⁰:
@@ -285,7 +288,7 @@ def choose_tile(
     if block_d == 256:
         return Tile(64, 32, num_warps=8, num_stages=2)
     if capability[0] == 9:
-        fixed = dtype == torch.bfloat16
+        fixed = dtype == torch.bfloat16 and long
         tile = Tile(64, 64, num_warps=4, num_stages=3, fixed=fixed)
         if block_d == 128:
             return tile._replace(num_stages=2, two=True) if tma and pairs else tile
@@ -342,10 +345,10 @@ def attention_plan(q, k, v, x, c_skip, c_out, is_causal, save) -> Plan:
     few = few_rows(batch * heads * triton.cdiv(q_len, 128), q.device)
     tma = copy_engine(q.dtype, capability) and not few and descriptors_allowed(q, k, v)
     # Along the diagonal, one of two blocks would wait for the other.
-    pairs = not (few or is_causal)
-    tile = choose_tile(head_dim, q.dtype, capability, tma, pairs)
+    pairs, long = not (few or is_causal), kv_len > SHORT
+    tile = choose_tile(head_dim, q.dtype, capability, tma, pairs, long)
     if q.device.type != "cuda" and q.dtype == torch.float32:
-        tile = tile._replace(fixed=True)  # the interpreter's stand-in for bfloat16
+        tile = tile._replace(fixed=long)  # the interpreter's stand-in for bfloat16
     boxes = ()
     if tma:
         rows = (tile.block_m, tile.block_n, tile.block_n)
