@@ -145,39 +145,56 @@ def key_range(kv_len, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 def finish(acc, m, l, xt, x, out, saved_f, lse, c_skip, c_out, b, h, first_row,
            heads, q_len, stride_xb, stride_xn, D: tl.constexpr,
            PER_SAMPLE: tl.constexpr):  # fmt: skip
-    """The epilogue of one block of rows: f = acc / l, the skip, the stores."""
+    """The epilogue of one block of rows: f = acc / l, then `merge` for all its channels."""
     BLOCK_M: tl.constexpr = acc.shape[0]
-    rows = first_row + tl.arange(0, BLOCK_M)[:, None]
-    d = tl.arange(0, acc.shape[1])[None, :]
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    l = tl.sum(l, 1)
+    f = acc * (1 / l)[:, None]
+    if BLOCK_D == 128:  # by halves: for x and f at once there are too few registers
+        left, right = tl.split(f.reshape(BLOCK_M, 2, BLOCK_D // 2).permute(0, 2, 1))
+        merge(left, 0, xt, x, out, saved_f, c_skip, c_out, b, h, first_row, heads, q_len,
+              stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
+        merge(right, BLOCK_D // 2, xt, x, out, saved_f, c_skip, c_out, b, h, first_row,
+              heads, q_len, stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
+    else:
+        merge(f, 0, xt, x, out, saved_f, c_skip, c_out, b, h, first_row, heads, q_len,
+              stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
+    if lse is not None:  # in units of log2, as m
+        n = first_row + tl.arange(0, BLOCK_M)
+        at = (tl.cast(b, tl.int64) * heads + h) * q_len + n
+        tl.store(lse + at, m + tl.log2(l), mask=n < q_len)
+
+
+@triton.jit
+def merge(f, channel, xt, x, out, saved_f, c_skip, c_out, b, h, first_row, heads, q_len,
+          stride_xb, stride_xn, D: tl.constexpr, PER_SAMPLE: tl.constexpr):  # fmt: skip
+    """The skip on f, which is head h's channels from `channel` on, and the stores."""
+    rows = first_row + tl.arange(0, f.shape[0])[:, None]
+    d = channel + tl.arange(0, f.shape[1])[None, :]
     inside = (rows < q_len) & (d < D)
     # In 64 bits: offsets pass 2³¹ in large tensors.
     b64, n64 = tl.cast(b, tl.int64), rows.to(tl.int64)
-    l = tl.sum(l, 1)
-    f = acc * (1 / l)[:, None]
     out_tile = (b64 * q_len + n64) * heads * D + h * D + d
     if saved_f is not None:
         tl.store(saved_f + out_tile, f.to(saved_f.dtype.element_ty), mask=inside)
     if x is not None:
         if xt is None:
-            xt = load_residual(x, b, h, first_row, q_len, stride_xb, stride_xn,
-                               BLOCK_M, D, acc.shape[1])  # fmt: skip
+            xt = load_residual(x, b, h, channel, first_row, q_len, stride_xb, stride_xn,
+                               f.shape[0], D, f.shape[1])  # fmt: skip
         f = skip_epilogue(xt.to(tl.float32), f,
                           load_coefficient(c_skip, b, PER_SAMPLE),
                           load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
     # No program comes back to x or out: in L2 they make room for k and v.
     tl.store(out + out_tile, f.to(out.dtype.element_ty), mask=inside,
              eviction_policy="evict_first")  # fmt: skip
-    if lse is not None:  # in units of log2, as m
-        n = first_row + tl.arange(0, BLOCK_M)
-        tl.store(lse + (b64 * heads + h) * q_len + n, m + tl.log2(l), mask=n < q_len)
 
 
 @triton.jit
-def load_residual(x, b, h, first_row, q_len, stride_xb, stride_xn,
+def load_residual(x, b, h, channel, first_row, q_len, stride_xb, stride_xn,
                   ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """x's channels of head h, [ROWS, BLOCK_D]."""
+    """x's channels of head h from `channel` on, [ROWS, BLOCK_D]."""
     rows = first_row + tl.arange(0, ROWS)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
+    d = channel + tl.arange(0, BLOCK_D)[None, :]
     tile = (
         x + tl.cast(b, tl.int64) * stride_xb + rows.to(tl.int64) * stride_xn + h * D + d
     )
@@ -206,7 +223,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     # all programs start together, and the loop would wait for x in the queue to HBM.
     xt = None
     if x is not None and TMA and BLOCK_D <= 64 and not RAGGED:
-        xt = load_residual(x, b, h, first_row, q_len, stride_xb, stride_xn,
+        xt = load_residual(x, b, h, 0, first_row, q_len, stride_xb, stride_xn,
                            BLOCK_M, D, BLOCK_D)  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M, 8], tl.float32)
