@@ -249,7 +249,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
         if TWO:
             again |= overflowed(acc_b, l_b)
         if again:
-            # Some score is 80 or more above that maximum. Online softmax can do it.
+            # Some score is 83 or more (2¹²⁰ = e⁸³) above that maximum.
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             l = tl.zeros([BLOCK_M, 8], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -295,7 +295,7 @@ def choose_tile(
     float16 cannot hold them, and for sm_100 Triton 3.6 does not compile the check of their
     sums. float32 uses the ordinary FMA units, for IEEE products, and keeps its operands in
     registers, so its tiles are small. sm_90 and sm_100 have 227 KiB of shared memory, enough
-    for two to four programs on an SM; sm_89 and sm_120 have 99.
+    for two or three programs on an SM; sm_89 and sm_120 have 99.
     """
     block_d = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
@@ -310,7 +310,7 @@ def choose_tile(
         if block_d == 128:
             return tile._replace(num_stages=2, two=True) if tma and pairs else tile
         if tma and fixed:
-            return tile._replace(maxnreg=128)  # four programs on an SM
+            return tile._replace(maxnreg=128)
         if tma:
             return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=168)  # three
         return tile
