@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
-from rcmlib.ops.layout import fields
+from rcmlib.ops.layout import layout_key
 
 # The dispatch keys that this thread adds to a tensor's own: torch.func's transforms, tracers
 # and dispatch modes each add one. These are the sets without any.
@@ -63,27 +63,21 @@ def call_key(arguments: tuple, *options) -> tuple | None:
     ):
         return None
     training = torch.is_grad_enabled()
-    key = []
-    try:
-        for a in arguments:
-            kind = type(a)
-            if kind is Tensor or kind is Parameter:
-                # A lazily negated tensor is negated by the dispatcher.
-                if (training and a.requires_grad) or a.is_neg():
-                    return None
-                key += fields(a)
-            elif kind is float or a is None:
-                key.append(kind)
-            else:
+    for a in arguments:
+        kind = type(a)
+        if kind is Tensor or kind is Parameter:
+            # A lazily negated tensor is negated by the dispatcher.
+            if a.is_neg() or (training and a.requires_grad):
                 return None
+        elif kind is not float and a is not None:
+            return None
+    kinds = tuple(map(type, options))  # True equals 1.0, and is refused elsewhere
+    if not OPTIONS.issuperset(kinds):
+        return None
+    try:
+        return layout_key(arguments) + kinds + options
     except RuntimeError:  # a tensor without strides, or without memory of its own
         return None
-    for option in options:
-        kind = type(option)
-        if kind not in OPTIONS:
-            return None
-        key += (kind, option)  # True equals 1.0, and is refused elsewhere
-    return tuple(key)
 
 
 def same(c_skip, c_out, checked: tuple[Tensor, Tensor]) -> bool:
