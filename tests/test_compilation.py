@@ -76,16 +76,19 @@ def assert_lean(job, compiled):
 
     On an H100 at D = 128, attention fills the registers. What runs once a program (a masked
     tile, the epilogue) may spill a few bytes there: with fewer rows, or fewer programs on an
-    SM, nothing would be spilled, and the loop would be slower. The loop stores nothing; an
-    address that stays the same may be read back, once a tile.
+    SM, nothing would be spilled, and the loop would be slower. One address that stays the same
+    may be read back in the loop of two blocks of ragged length; nothing else may.
     """
     assert compiled.shared_bytes <= SHARED_KIB[job.capability] * 1024, job
     full = job.kernel in ("attention", "sage_attention") and 64 < job.head_dim <= 128
-    if full and job.capability == 90:
+    if full and job.capability == 90 and (job.ragged or job.causal or job.saving):
         assert compiled.spill_bytes <= 128, job
         if compiled.spill_bytes:
             spills = spills_in_loop(compiled.ptx, job.capability)
-            assert len(spills) <= 1 and not any("STL" in s for s in spills), job
+            if job.kernel == "attention" and job.ragged and not job.causal:
+                assert len(spills) <= 1 and not any("STL" in s for s in spills), job
+            else:
+                assert not spills, job
     else:
         assert compiled.spill_bytes == 0, job
 
