@@ -64,7 +64,7 @@ def weigh(s, acc, m, l, qk_scale, j, first_row, kv_len, CAUSAL: tl.constexpr,
             visible &= cols <= first_row + tl.arange(0, s.shape[0])[:, None]
         s = tl.where(visible, s, float("-inf"))
     if not FIXED:
-        # The first tile has a key that every row sees, so this is never -inf.
+        # The first tile has a key that every row sees: -inf only where a score is.
         larger = tl.maximum(m, tl.max(s, 1) * qk_scale)
         alpha = tl.exp2(m - larger)[:, None]
         acc, m, l = acc * alpha, larger, l * alpha
@@ -150,11 +150,11 @@ def finish(acc, m, l, xt, x, out, saved_f, lse, c_skip, c_out, b, h, first_row,
     BLOCK_D: tl.constexpr = acc.shape[1]
     l = tl.sum(l, 1)
     f = acc * (1 / l)[:, None]
-    if BLOCK_D == 128:  # by halves: for x and f at once there are too few registers
+    if BLOCK_D == 128:  # by halves: for all of x and f there are too few registers
         left, right = tl.split(f.reshape(BLOCK_M, 2, BLOCK_D // 2).permute(0, 2, 1))
-        merge(left, 0, xt, x, out, saved_f, c_skip, c_out, b, h, first_row, heads, q_len,
+        merge(left, 0, None, x, out, saved_f, c_skip, c_out, b, h, first_row, heads, q_len,
               stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
-        merge(right, BLOCK_D // 2, xt, x, out, saved_f, c_skip, c_out, b, h, first_row,
+        merge(right, BLOCK_D // 2, None, x, out, saved_f, c_skip, c_out, b, h, first_row,
               heads, q_len, stride_xb, stride_xn, D, PER_SAMPLE)  # fmt: skip
     else:
         merge(f, 0, xt, x, out, saved_f, c_skip, c_out, b, h, first_row, heads, q_len,
@@ -249,7 +249,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
         if TWO:
             again |= overflowed(acc_b, l_b)
         if again:
-            # Some score is 83 or more (2¹²⁰ = e⁸³) above that maximum.
+            # Scores some 80 above that maximum (2¹²⁰ = e⁸³), or something not finite.
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             l = tl.zeros([BLOCK_M, 8], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -309,10 +309,11 @@ def choose_tile(
         tile = Tile(64, 64, num_warps=4, num_stages=3, fixed=fixed)
         if block_d == 128:
             return tile._replace(num_stages=2, two=True) if tma and pairs else tile
+        # Limits under which three programs fit on an SM.
         if tma and fixed:
             return tile._replace(maxnreg=128)
         if tma:
-            return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=168)  # three
+            return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=168)
         return tile
     if copy_engine(dtype, capability):
         if block_d == 128:
