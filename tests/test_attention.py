@@ -20,6 +20,7 @@ from tests.inputs import (
     heads,
     poison_empty,
     torch_attention,
+    without_a_gpu,
 )
 
 SHAPES = [  # (B, H, Nq, Nkv, D)
@@ -222,6 +223,40 @@ def test_what_is_not_finite_spreads_no_further_than_it_must(dim, device):
     good = ref.isfinite()
     peer = torch_attention(*inputs)
     assert_close(out[good], ref[good], peer[good])
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_tile_of_scores_that_are_minus_infinity_counts_nothing(place, dim, device):
+    """One query overflows against a whole tile of keys; its neighbours do not notice."""
+    q, k, v, x, c_skip, c_out = heads((1, 2, 192, 192, dim), torch.bfloat16, device)
+    tile = slice(0, 64) if place == "first" else slice(128, 192)
+    k[..., 0] = 0
+    k[:, 0, tile, 0] = -1e30
+    q[..., 0] = 0
+    q[:, 0, 100, 0] = 1e20
+    inputs = (q, k, v, x, c_skip, c_out)
+    out = rcmlib.rcm_attention(*inputs)
+    assert_close(out, reference.rcm_attention(*inputs), torch_attention(*inputs))
+
+
+@without_a_gpu
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("tokens", [193, 224, 256])
+def test_the_kept_maximum_is_never_that_of_a_few_keys(tokens, device, monkeypatch):
+    """Of 32 at least: with scores of a standard deviation of 14, one key's would not do."""
+    done, overflowed = [], attention.overflowed
+
+    def record(*sums):
+        done.append(overflowed(*sums))
+        return done[-1]
+
+    monkeypatch.setattr(attention, "overflowed", record)
+    q, k, *others = heads((1, 4, tokens, tokens, 64), torch.float32, device)
+    out = rcmlib.rcm_attention(q * 14, k, *others)
+    assert_close(out, reference.rcm_attention(q * 14, k, *others), others[1])
+    assert not any(bool(again.handle.data.item()) for again in done)
 
 
 @pytest.mark.gpu

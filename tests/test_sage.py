@@ -12,7 +12,7 @@ from rcmlib import reference
 from rcmlib.functional import sage_attention
 from rcmlib.functional.sage import PV
 from rcmlib.measure.inputs import gaussian, video_like
-from rcmlib.ops.attention import device_capability
+from rcmlib.ops.device import device_capability
 from rcmlib.ops.sage_attention import choose_sage_tile
 from rcmlib.reference import eight_bit
 from tests.inputs import (

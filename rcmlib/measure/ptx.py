@@ -111,11 +111,11 @@ def _attention(job: Job):
     import torch
     import triton
 
-    from rcmlib.ops import attention, attention_backward
+    from rcmlib.ops import attention, attention_backward, device
 
     dtype = TYPES[job.dtype]
     target = (getattr(torch, job.dtype), divmod(job.capability, 10))
-    tma = job.aligned and attention.copy_engine(*target)
+    tma = job.aligned and device.copy_engine(*target)
     if job.kernel == "attention":
         kernel = attention.attention_kernel
         tile = attention.choose_tile(job.head_dim, *target, tma, not job.causal)
@@ -137,7 +137,7 @@ def _attention(job: Job):
         "BLOCK_D": block_d, "TWO": getattr(tile, "two", False), "TMA": tma,
         "FIXED": getattr(tile, "fixed", False),
         "CAUSAL": job.causal, "RAGGED": job.ragged, "PER_SAMPLE": True,
-        "PRECISION": attention.dot_precision(target[0]),
+        "PRECISION": device.dot_precision(target[0]),
     }  # fmt: skip
     if not job.skip:
         constants |= dict.fromkeys(("x", "c_skip", "c_out", "saved_f"))
@@ -178,13 +178,13 @@ def _projection(job: Job):
     """A gate (c_out_rank 2, 3) is float32, the coefficients (c_out_rank 1) are float64."""
     import torch
 
-    from rcmlib.ops import projection
+    from rcmlib.ops import device, projection
 
     dtype = TYPES[job.dtype]
     target = (getattr(torch, job.dtype), divmod(job.capability, 10))
     cols, depth = job.cols + job.ragged, job.depth + job.ragged
     tile = projection.choose_tile(job.rows, cols, depth, job.c_out_rank > 1, *target)
-    tma = job.aligned and projection.copy_engine(*target)
+    tma = job.aligned and device.copy_engine(*target)
     kernel = projection.projection_kernel
     types = {name: "i32" for name in kernel.arg_names if name.startswith("stride")}
     types |= dict.fromkeys(("batch", "rows", "cols", "depth"), "i32")
@@ -199,7 +199,7 @@ def _projection(job: Job):
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "GROUP": tile.group, "PARTS": tile.parts, "PERSISTENT": tile.persistent, "TMA": tma,
         "RAGGED": job.ragged, "C_OUT_RANK": job.c_out_rank,
-        "PRECISION": projection.dot_precision(target[0]),
+        "PRECISION": device.dot_precision(target[0]),
     }  # fmt: skip
     if job.saving:
         types["f"] = "*" + dtype
@@ -212,10 +212,10 @@ def _sage(job: Job):
     """The 8-bit attention kernel."""
     import torch
 
-    from rcmlib.ops import quantize, sage_attention
+    from rcmlib.ops import device, quantize, sage_attention
 
     capability = divmod(job.capability, 10)
-    tma = sage_attention.copy_engine(torch.int8, capability)
+    tma = device.copy_engine(torch.int8, capability)
     tile = sage_attention.choose_sage_tile(job.head_dim, job.pv, capability)
     block_d = quantize.padded_dim(job.head_dim)
     kernel = sage_attention.sage_attention_kernel

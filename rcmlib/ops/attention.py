@@ -16,36 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
+from rcmlib.ops.device import copy_engine, device_capability, dot_precision
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
 from rcmlib.ops.plan import Plan, box_of_rows, by_layout, descriptors_allowed
+from rcmlib.ops.rows import key_range, load_rows, own_rows
 
 LOG2_E = math.log2(math.e)  # exp(s) = exp2(s·log2 e), and exp2 is one GPU instruction
 SHORT = 512  # keys: below, one loop that keeps track of the maximum is faster than two
 LIMIT = tl.constexpr(2.0**120)  # of a sum of weights; 1 / LIMIT is a normal number, too
-
-
-@triton.jit
-def load_rows(src, b, h, row, length, stride_b, stride_h, stride_n,
-              ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """Rows row … row + ROWS of head (b, h) as [ROWS, BLOCK_D], zeros outside the tensor.
-
-    src is a tensor descriptor (TMA: the copy engine computes addresses and bounds) or a
-    pointer. MASK says that rows may lie beyond `length`.
-    """
-    if TMA:
-        return src.load([b, h, row, 0]).reshape(ROWS, BLOCK_D)
-    else:
-        r = tl.arange(0, ROWS)[:, None].to(tl.int64)
-        d = tl.arange(0, BLOCK_D)[None, :]
-        head = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
-        tile = src + head + tl.cast(row, tl.int64) * stride_n + (r * stride_n + d)
-        if MASK:
-            return tl.load(tile, mask=(row + r < length) & (d < D), other=0.0)
-        elif D < BLOCK_D:
-            return tl.load(tile, mask=d < D, other=0.0)
-        else:
-            return tl.load(tile)
+LOWEST = tl.constexpr(-3.0e38)  # of all maxima: -inf - -inf would be a NaN in exp2
 
 
 @triton.jit
@@ -64,7 +43,6 @@ def weigh(s, acc, m, l, qk_scale, j, first_row, kv_len, CAUSAL: tl.constexpr,
             visible &= cols <= first_row + tl.arange(0, s.shape[0])[:, None]
         s = tl.where(visible, s, float("-inf"))
     if not FIXED:
-        # The first tile has a key that every row sees: -inf only where a score is.
         larger = tl.maximum(m, tl.max(s, 1) * qk_scale)
         alpha = tl.exp2(m - larger)[:, None]
         acc, m, l = acc * alpha, larger, l * alpha
@@ -110,35 +88,6 @@ def overflowed(acc, l):
     """Did a weight make one of these sums too large for float32, or not a number?"""
     fine = (tl.abs(acc) < LIMIT) & (tl.sum(l, 1) < LIMIT)[:, None]
     return tl.min(tl.min(fine.to(tl.int32), 1), 0) == 0
-
-
-@triton.jit
-def own_rows(heads, q_len, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    """(sample, head, first query) of this program.
-
-    Neighbouring programs share a head, hence its keys and values in L2.
-    """
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # longest rows first: no straggler ends the launch
-    return pid // tiles // heads, pid // tiles % heads, tile * BLOCK_M
-
-
-@triton.jit
-def key_range(kv_len, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-              CAUSAL: tl.constexpr):  # fmt: skip
-    """(whole, stop): tiles in [0, whole) need no mask, those in [whole, stop) do.
-
-    They hold the last keys, or the causal diagonal.
-    """
-    whole = kv_len // BLOCK_N * BLOCK_N
-    stop = kv_len
-    if CAUSAL:
-        whole = tl.minimum(whole, first_row // BLOCK_N * BLOCK_N)
-        stop = tl.minimum(stop, first_row + BLOCK_M)
-    return whole, stop
 
 
 @triton.jit
@@ -225,7 +174,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     if x is not None and TMA and BLOCK_D <= 64 and not RAGGED:
         xt = load_residual(x, b, h, 0, first_row, q_len, stride_xb, stride_xn,
                            BLOCK_M, D, BLOCK_D)  # fmt: skip
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M, 8], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_b, m_b, l_b = acc, m, l
@@ -234,7 +183,8 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     EDGE: tl.constexpr = RAGGED or CAUSAL
     whole, stop = key_range(kv_len, first_row, ROWS, BLOCK_N, CAUSAL)
     if FIXED:
-        whole = tl.minimum(whole, (stop - 1) // BLOCK_N * BLOCK_N)
+        # Of half a tile of keys at least: one key's score may be far from the largest.
+        whole = tl.minimum(whole, (stop - BLOCK_N // 2) // BLOCK_N * BLOCK_N)
     if FIXED or EDGE:
         acc, m, l, acc_b, m_b, l_b = attend(
             acc, m, l, acc_b, m_b, l_b, qt, qt_b, k, v, b, h, whole, stop, first_row,
@@ -250,7 +200,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
             again |= overflowed(acc_b, l_b)
         if again:
             # Scores some 80 above that maximum (2¹²⁰ = e⁸³), or something not finite.
-            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            m = tl.full([BLOCK_M], LOWEST, tl.float32)
             l = tl.zeros([BLOCK_M, 8], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             acc, m, l, acc_b, m_b, l_b = attend(
@@ -322,23 +272,6 @@ def choose_tile(
     if block_d == 128:
         return Tile(128, 32, num_warps=8, num_stages=3)
     return Tile(64, 64, num_warps=4, num_stages=3)
-
-
-def device_capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability. The interpreter has none: it follows the H100's paths."""
-    if device.type != "cuda":
-        return (9, 0)
-    return torch.cuda.get_device_capability(device)
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products are IEEE products; 16-bit operands have only one way."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Do tensor descriptors pay here? Where they feed wgmma (sm_90) or tcgen05 (sm_100)."""
-    return dtype != torch.float32 and capability[0] in (9, 10)
 
 
 def few_rows(blocks: int, device: torch.device) -> bool:

@@ -22,18 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
-from rcmlib.ops.attention import (
-    LOG2_E,
-    Tile,
-    copy_engine,
-    device_capability,
-    dot_precision,
-    key_range,
-    load_rows,
-    own_rows,
-)
+from rcmlib.ops.attention import LOG2_E, Tile
+from rcmlib.ops.device import copy_engine, device_capability, dot_precision
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient
 from rcmlib.ops.plan import Plan, box_of_rows, by_layout, descriptors_allowed
+from rcmlib.ops.rows import key_range, load_rows, own_rows
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from rcmlib.ops import interpreting
-from rcmlib.ops.attention import copy_engine, device_capability, dot_precision
+from rcmlib.ops.device import copy_engine, device_capability, dot_precision
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
 from rcmlib.ops.gate import load_gate, strides_of_gate
 from rcmlib.ops.plan import Plan, box_of_rows, by_layout, descriptors_allowed

@@ -20,14 +20,8 @@ import triton
 import triton.language as tl
 
 from rcmlib.ops import interpreting
-from rcmlib.ops.attention import (
-    LOG2_E,
-    Tile,
-    copy_engine,
-    device_capability,
-    key_range,
-    own_rows,
-)
+from rcmlib.ops.attention import LOG2_E, Tile
+from rcmlib.ops.device import copy_engine, device_capability
 from rcmlib.ops.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
 from rcmlib.ops.plan import Plan, box_of_matrix, by_layout
 from rcmlib.ops.quantize import (
@@ -39,6 +33,7 @@ from rcmlib.ops.quantize import (
     quantize_values,
     to_e4m3,
 )
+from rcmlib.ops.rows import key_range, own_rows
 
 # Weights are relative to 2⁸, which E4M3 holds exactly and with room above. In float32 LIFT is
 # subtracted from numbers that large scores make large: rounded to their last bit it becomes 8,

@@ -46,7 +46,7 @@ KERNELS = (*(f"sage_kernel_{pv}" for pv in PV), "sage_kernel_no_skip")
 
 def copies_case(name: str) -> dict:
     from rcmlib.ops import quantize
-    from rcmlib.ops.attention import device_capability
+    from rcmlib.ops.device import device_capability
     from rcmlib.ops.sage_attention import choose_sage_tile
 
     q, k, v, *_ = attention_inputs(*SHAPES[name])
