@@ -51,26 +51,22 @@ def roofline(panels: dict[str, dict], bandwidth: float, roofs: dict[str, float])
     return fig
 
 
-def layer_times(names: tuple[str, ...] = ("B1_N256", "seed")):
-    """GPU time and time a call of whole layers and blocks, one panel a shape."""
-    fig, axes = new_figure(8.4, 4.0, ncols=len(names))
-    for ax, name in zip(axes, names, strict=True):
-        gpu, wall = (records.case("layers", n) for n in (name, f"{name}_wall"))
-        labels = list(gpu["results"])
-        for y, label in enumerate(labels):
-            colour = PALETTE["fused" if "fused" in label else "baseline"]
-            inside, seen = (1e3 * strongest(c, (label,)) for c in (gpu, wall))
-            ax.barh(y, inside, height=0.62, color=colour)
-            ax.plot(
-                [seen, seen], [y - 0.4, y + 0.4], color=PALETTE["reference"], lw=2.5
-            )
-        ax.set_yticks(range(len(labels)), [n.replace("_", " ") for n in labels])
-        ax.set(xlim=(0, None), ylim=(len(labels) - 0.5, -0.5), xlabel="µs")
-        ax.set_title("B = {B}, N = {N}".format(**gpu))
-        ax.grid(axis="y", visible=False)
-    mark, bar = axes[0].lines[0], Rectangle((0, 0), 1, 1, fc=PALETTE["neutral"])
-    fig.legend([bar, mark], ["GPU time", "time a call, as the program sees it"], ncols=2,
-               loc="outside upper right", fontsize=9)  # fmt: skip
+def layer_times(name: str = "B1_N256"):
+    """GPU time and time a call of whole layers and blocks, eager and as CUDA graphs."""
+    fig, ax = new_figure(6.4, 3.8)
+    gpu, wall = (records.case("layers", n) for n in (name, f"{name}_wall"))
+    labels = list(gpu["results"])
+    for y, label in enumerate(labels):
+        colour = PALETTE["fused" if "fused" in label else "baseline"]
+        inside, seen = (1e3 * strongest(c, (label,)) for c in (gpu, wall))
+        ax.barh(y, inside, height=0.62, color=colour)
+        ax.plot([seen, seen], [y - 0.4, y + 0.4], color=PALETTE["reference"], lw=2.5)
+    ax.set_yticks(range(len(labels)), [n.replace("_", " ") for n in labels])
+    ax.set(xlim=(0, None), ylim=(len(labels) - 0.5, -0.5), xlabel="µs")
+    ax.grid(axis="y", visible=False)
+    mark, bar = ax.lines[0], Rectangle((0, 0), 1, 1, fc=PALETTE["neutral"])
+    ax.legend([bar, mark], ["GPU time", "time a call, as the program sees it"],
+              fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # fmt: skip
     return fig
 
 

@@ -9,6 +9,7 @@ IMPLEMENTATIONS = {
     "flash": ("flash SDPA", "baseline"),
     "flash_compiled": ("flash SDPA, compiled", "compiled"),
     "cudnn": ("cuDNN SDPA", "cudnn"),
+    "cudnn_compiled": ("cuDNN SDPA, compiled", "cudnn"),
     "fused": ("fused", "fused"),
     "fused_compiled": ("fused, compiled", "fused"),
 }
@@ -209,7 +210,7 @@ def _adder(ax, x, y):
 
 
 def block_times():
-    """Bars: a Wan block's forward at two lengths, five implementations each."""
+    """Bars: a Wan block's forward at two lengths, six implementations each."""
     fig, axes = new_figure(7.8, 3.1, ncols=2, sharey=True)
     names = list(IMPLEMENTATIONS)[::-1]
     for ax, name in zip(axes, ("wan_short", "wan_long"), strict=True):
