@@ -189,5 +189,6 @@ def skip_share(tokens, predicted, measured=None, wall=None) -> Figure:
     right.set_yticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
     right.minorticks_off()
     style = "dashes: predicted" + (", dots: measured" if measured else "")
-    right.text(0.03, 0.04, style, transform=right.transAxes, fontsize=8, color="0.35")
+    right.text(0.97, 0.97, style, transform=right.transAxes, fontsize=8, color="0.35",
+               ha="right", va="top")  # fmt: skip
     return fig

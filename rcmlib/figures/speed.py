@@ -91,9 +91,9 @@ def speeds_by_length(name: str):
     fig, ax = new_figure(7.4, 4.2)
     cases = records.record(name)["cases"]
     for label, (text, colour, marker) in LOOKS.items():
-        if label == "cudnn_compiled":
-            continue
         found = [c for c in cases if label in c["results"]]
+        if label == "cudnn_compiled" or not found:
+            continue
         speeds = [
             strongest(c, ("cudnn_compiled",)) / strongest(c, (label,)) for c in found
         ]

@@ -183,7 +183,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     EDGE: tl.constexpr = RAGGED or CAUSAL
     whole, stop = key_range(kv_len, first_row, ROWS, BLOCK_N, CAUSAL)
     if FIXED:
-        # Of half a tile of keys at least: one key's score may be far from the largest.
+        # Of half a tile at least (not along the diagonal): one key's score may be far too low.
         whole = tl.minimum(whole, (stop - BLOCK_N // 2) // BLOCK_N * BLOCK_N)
     if FIXED or EDGE:
         acc, m, l, acc_b, m_b, l_b = attend(
