@@ -125,7 +125,7 @@ def where_the_speed_is_from(steps: dict[str, tuple[str, str, str]]):
             ax.barh(
                 row, width, left=start, height=0.62, color=PALETTE[colour], ec="white"
             )
-            if width > 0.2:
+            if width > 0.25:
                 ax.text(start + width / 2, row, f"{factor:.2f}×", ha="center", va="center",
                         color="white", fontsize=8.5, fontweight="bold")  # fmt: skip
             start += width
