@@ -170,6 +170,15 @@ def test_large_scores_do_not_overflow(device):
     assert_close(rcmlib.rcm_attention(*inputs), reference.rcm_attention(*inputs), x)
 
 
+def hopper_type(dim, device, monkeypatch):
+    """bfloat16; in the interpreter float32, in the tiles that an H100 has for bfloat16."""
+    if device == "cuda":
+        return torch.bfloat16
+    choose = partial(attention.choose_tile, dim, torch.bfloat16, (9, 0), True)
+    monkeypatch.setattr(attention, "choose_tile", lambda *a: choose(*a[4:]))
+    return torch.float32
+
+
 @pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("tokens", [171, 192])
@@ -183,13 +192,7 @@ def test_one_key_may_tower_over_the_others(
 
     exp(height) overflows: a maximum that was found without that key will not do.
     """
-    dtype = torch.bfloat16
-    if (
-        device == "cpu"
-    ):  # the H100's tile with its copy engine, in the interpreter's type
-        choose = partial(attention.choose_tile, dim, dtype, (9, 0), True)
-        monkeypatch.setattr(attention, "choose_tile", lambda *a: choose(*a[4:]))
-        dtype = torch.float32
+    dtype = hopper_type(dim, device, monkeypatch)
     q, k, v, x, c_skip, c_out = heads((1, 2, tokens, tokens, dim), dtype, device)
     k[..., 0] = 0
     k[:, 0, 0 if place == "first" else -1, 0] = height
@@ -227,13 +230,21 @@ def test_what_is_not_finite_spreads_no_further_than_it_must(dim, device):
 
 @pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("place", ["first", "last"])
-def test_a_tile_of_scores_that_are_minus_infinity_counts_nothing(place, dim, device):
-    """One query overflows against a whole tile of keys; its neighbours do not notice."""
-    q, k, v, x, c_skip, c_out = heads((1, 2, 192, 192, dim), torch.bfloat16, device)
-    tile = slice(0, 64) if place == "first" else slice(128, 192)
+@pytest.mark.parametrize(
+    "places", [(0,), (128,), (0, 128)], ids=["first", "last", "both"]
+)
+def test_a_tile_of_scores_that_are_minus_infinity_counts_nothing(
+    places, dim, device, monkeypatch
+):
+    """One query overflows against whole tiles of keys; its neighbours do not notice.
+
+    In the last tile that makes the kernel start over, from the first one.
+    """
+    dtype = hopper_type(dim, device, monkeypatch)
+    q, k, v, x, c_skip, c_out = heads((1, 2, 192, 192, dim), dtype, device)
     k[..., 0] = 0
-    k[:, 0, tile, 0] = -1e30
+    for start in places:
+        k[:, 0, start : start + 64, 0] = -1e30
     q[..., 0] = 0
     q[:, 0, 100, 0] = 1e20
     inputs = (q, k, v, x, c_skip, c_out)
@@ -241,11 +252,19 @@ def test_a_tile_of_scores_that_are_minus_infinity_counts_nothing(place, dim, dev
     assert_close(out, reference.rcm_attention(*inputs), torch_attention(*inputs))
 
 
-@without_a_gpu
+@without_a_gpu  # where no kernel can be watched
 @pytest.mark.usefixtures("sizes")
-@pytest.mark.parametrize("tokens", [193, 224, 256])
-def test_the_kept_maximum_is_never_that_of_a_few_keys(tokens, device, monkeypatch):
-    """Of 32 at least: with scores of a standard deviation of 14, one key's would not do."""
+@pytest.mark.parametrize(
+    "sizes", [True, False], ids=["few_rows", "many"], indirect=True
+)
+@pytest.mark.parametrize("tail", [1, 8, 31, 32, 64])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_kept_maximum_is_that_of_32_keys_at_least(dim, tail, device, monkeypatch):
+    """The last key alone would be no bound, nor would the last 31: the others tower over them.
+
+    The 32nd from the end scores as high as the highest, so with it nothing is done again.
+    """
+    dtype = hopper_type(dim, device, monkeypatch)
     done, overflowed = [], attention.overflowed
 
     def record(*sums):
@@ -253,10 +272,14 @@ def test_the_kept_maximum_is_never_that_of_a_few_keys(tokens, device, monkeypatc
         return done[-1]
 
     monkeypatch.setattr(attention, "overflowed", record)
-    q, k, *others = heads((1, 4, tokens, tokens, 64), torch.float32, device)
-    out = rcmlib.rcm_attention(q * 14, k, *others)
-    assert_close(out, reference.rcm_attention(q * 14, k, *others), others[1])
-    assert not any(bool(again.handle.data.item()) for again in done)
+    tokens = 192 + tail
+    q, k, v, x, c_skip, c_out = heads((1, 2, 70, tokens, dim), dtype, device)
+    q[..., 0] = dim**0.5
+    k[..., 0] = -200
+    k[..., : tokens - 31, 0] = 0
+    inputs = (q, k, v, x, c_skip, c_out)
+    assert_close(rcmlib.rcm_attention(*inputs), reference.rcm_attention(*inputs), x)
+    assert done and not any(bool(again.handle.data.item()) for again in done)
 
 
 @pytest.mark.gpu

@@ -57,7 +57,8 @@ def layer_times(name: str = "B1_N256"):
     gpu, wall = (records.case("layers", n) for n in (name, f"{name}_wall"))
     labels = list(gpu["results"])
     for y, label in enumerate(labels):
-        colour = PALETTE["fused" if "fused" in label else "baseline"]
+        ours = "fused" in label and "pytorch" not in label
+        colour = PALETTE["fused" if ours else "baseline"]
         inside, seen = (1e3 * strongest(c, (label,)) for c in (gpu, wall))
         ax.barh(y, inside, height=0.62, color=colour)
         ax.plot([seen, seen], [y - 0.4, y + 0.4], color=PALETTE["reference"], lw=2.5)
