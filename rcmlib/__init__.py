@@ -5,25 +5,22 @@
 The package behind the book *Fusing rCM skip connections into SageAttention 2++ kernels*.
 """
 
-from rcmlib.ops import set_interpreter_default
+from rcmlib.core import set_interpreter_default
 
 set_interpreter_default()  # before anything imports Triton
 
 from rcmlib import integrate, reference  # noqa: E402
+from rcmlib.attention import rcm_attention  # noqa: E402
 from rcmlib.coefficients import Coefficients, edm, rectified_flow, trigflow  # noqa: E402
-from rcmlib.functional import (  # noqa: E402
-    gated_projection,
-    rcm_attention,
-    rcm_projection,
-    rcm_sage_attention,
-    rcm_skip,
-)
 from rcmlib.modules import (  # noqa: E402
     BaselineRCMAttention,
     FusedRCMAttention,
     TransformerBlock,
     TritonFusedRCMAttention,
 )
+from rcmlib.projection import gated_projection, rcm_projection  # noqa: E402
+from rcmlib.sage import rcm_sage_attention  # noqa: E402
+from rcmlib.skip import rcm_skip  # noqa: E402
 
 __all__ = [
     "BaselineRCMAttention",
@@ -48,7 +45,7 @@ __all__ = [
 def __getattr__(name: str):
     """The benchmark, when it is asked for: it brings torch.compile and a progress bar."""
     if name == "benchmark_all_implementations":
-        from rcmlib.measure.peers import benchmark_all_implementations
+        from rcmlib.measure.benchmark import benchmark_all_implementations
 
         return benchmark_all_implementations
     raise AttributeError(f"module 'rcmlib' has no attribute {name!r}")

@@ -50,7 +50,7 @@ def main() -> None:
 
     print("\ntimes")
     if gpu:
-        from rcmlib.measure.pipelines import attention_pipelines
+        from rcmlib.measure.implementations import attention_pipelines
 
         pipelines = attention_pipelines(q, k, v, x, c_skip, c_out)
         chosen = ("flash_eager", "flash_compiled", "cudnn_compiled", "fused")

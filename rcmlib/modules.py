@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rcmlib.attention import attention, rcm_attention
 from rcmlib.coefficients import Coefficients, edm
-from rcmlib.functional import attention, rcm_attention, rcm_projection
+from rcmlib.projection import rcm_projection
 
 
 class _RCMAttention(nn.Module):

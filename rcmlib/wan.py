@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmlib.functional import attention, gated_projection
+from rcmlib.attention import attention
+from rcmlib.projection import gated_projection
 
 ROPE_THETA = 10_000.0  # RoPE's base wavelength, as in RoFormer (arXiv 2104.09864)
 

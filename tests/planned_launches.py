@@ -15,9 +15,14 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rcmlib.ops import attention, attention_backward, gate, projection, quantize, skip
-from rcmlib.ops.plan import Plan
-from rcmlib.ops.sage_attention import sage_attention_forward
+from rcmlib.attention import backward as attention_backward
+from rcmlib.attention import forward as attention
+from rcmlib.core.launch import Plan
+from rcmlib.projection import gate
+from rcmlib.projection import kernel as projection
+from rcmlib.sage import quantize
+from rcmlib.sage.kernel import sage_attention_forward
+from rcmlib.skip import kernel as skip
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

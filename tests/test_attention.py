@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import rcmlib
 from rcmlib import reference
-from rcmlib.functional.attention import REPEATS
-from rcmlib.ops import attention
-from rcmlib.ops.layout import layout
+from rcmlib.attention import REPEATS
+from rcmlib.attention import forward as attention
+from rcmlib.core.layout import layout
 from tests.inputs import (
     DTYPES,
     assert_close,

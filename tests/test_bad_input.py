@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rcmlib
-from rcmlib.functional import sage
+from rcmlib import sage
 
 
 def good(device):
@@ -198,7 +198,7 @@ def test_rcm_skip_refuses(x, f, error, message, device):
 @pytest.mark.parametrize("device", ["mps", "meta", "xpu"])
 def test_a_device_that_triton_does_not_serve_is_refused(device):
     with pytest.raises(ValueError, match="q must be on a CUDA device or the CPU, got"):
-        rcmlib.ops.check_device("q", torch.device(device))
+        rcmlib.core.check_device("q", torch.device(device))
 
 
 def test_a_first_argument_on_the_meta_device_is_refused_beside_others_elsewhere(device):
@@ -212,7 +212,7 @@ def test_a_first_argument_on_the_meta_device_is_refused_beside_others_elsewhere(
 def test_a_gpu_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match="compute capability 8.0 .* or newer, got 7.5"):
-        rcmlib.ops.check_device("q", torch.device("cuda"))
+        rcmlib.core.check_device("q", torch.device("cuda"))
 
 
 def test_a_cpu_tensor_is_refused_where_triton_compiles_for_a_gpu():

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import rcmlib
+from benchmarks.suites import SUITES
+from benchmarks.suites.suite import Suite, one_by_one
 from rcmlib.measure import (
     benchmark,
     peers,
@@ -21,8 +23,6 @@ from rcmlib.measure import (
     tables,
     timing,
 )
-from rcmlib.measure.suites import SUITES
-from rcmlib.measure.suites.suite import Suite, one_by_one
 from tests.inputs import without_a_gpu
 
 
@@ -373,7 +373,7 @@ def test_lists_of_numbers_take_one_line_of_a_record():
 
 
 def command(*arguments):
-    parts = [sys.executable, "-m", "rcmlib.measure.benchmark", *arguments]
+    parts = [sys.executable, "-m", "benchmarks.__main__", *arguments]
     return subprocess.run(parts, capture_output=True, text=True)
 
 

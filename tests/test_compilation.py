@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rcmlib.functional.sage import PV
-from rcmlib.measure.ptx import Job, compile_kernels
+from rcmlib.measure.compile import Job, compile_kernels
+from rcmlib.sage import PV
 
 SIZES = [
     ("bfloat16", 64),

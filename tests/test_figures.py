@@ -5,13 +5,13 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rcmlib import figures
-from rcmlib.figures.__main__ import PICTURE, fingerprint
+from notebooks import figures
+from notebooks.figures.__main__ import PICTURE, fingerprint
 
 
 def test_the_landing_picture_was_drawn_from_the_stored_record():
     drawn_from = Image.open(PICTURE).text["Source"]
-    assert drawn_from == fingerprint(), "run python -m rcmlib.figures"
+    assert drawn_from == fingerprint(), "run python -m notebooks.figures"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import rcmlib
 from rcmlib import reference
-from rcmlib.functional import attention
+from rcmlib.attention import attention
 from tests.inputs import (
     DTYPES,
     assert_close,

@@ -13,10 +13,11 @@ from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rcmlib
-from rcmlib import ops
-from rcmlib.functional import attention, sage_attention
-from rcmlib.ops import plan
-from rcmlib.ops.layout import layout, layout_key
+from rcmlib import core as ops
+from rcmlib.attention import attention
+from rcmlib.core import launch as plan
+from rcmlib.core.layout import layout, layout_key
+from rcmlib.sage import sage_attention
 from tests.inputs import heads
 from tests.test_bad_input import CASES, both_attentions, good
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.suites import blocks
 from rcmlib.measure import ledger, records, timing
-from rcmlib.measure.suites import blocks
 from tests.inputs import without_a_gpu
 
 SHAPE = (4, 2048, 768)

@@ -5,8 +5,8 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
-from rcmlib import figures
-from rcmlib.figures.speed import fastest, strongest
+from notebooks import figures
+from notebooks.figures.speed import fastest, strongest
 from rcmlib.measure import records
 
 

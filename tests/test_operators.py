@@ -5,7 +5,7 @@ import torch
 
 import rcmlib
 from rcmlib import reference
-from rcmlib.functional import attention
+from rcmlib.attention import attention
 from tests.inputs import heads
 
 BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # a CPU may lack C++

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from rcmlib.ops import interpreting, quantize
-from rcmlib.ops.quantize import tl, triton
+from rcmlib.core import interpreting
 from rcmlib.reference import eight_bit
+from rcmlib.sage import quantize
+from rcmlib.sage.quantize import tl, triton
 from tests.inputs import DTYPES, needs_fp8, poison_empty
 
 pytestmark = needs_fp8

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 import rcmlib
 from rcmlib import reference
-from rcmlib.functional import sage_attention
-from rcmlib.functional.sage import PV
+from rcmlib.core.device import device_capability
 from rcmlib.measure.inputs import gaussian, video_like
-from rcmlib.ops.device import device_capability
-from rcmlib.ops.sage_attention import choose_sage_tile
 from rcmlib.reference import eight_bit
+from rcmlib.sage import PV, sage_attention
+from rcmlib.sage.kernel import choose_sage_tile
 from tests.inputs import (
     check_each_sample_alone,
     check_x_at_t_zero,

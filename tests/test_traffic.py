@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rcmlib.measure import ledger, records, traffic
-from rcmlib.measure.pipelines import IMPLEMENTATIONS
-from rcmlib.measure.traffic import ProfilerError
+from benchmarks import traffic
+from benchmarks.traffic import ProfilerError
+from rcmlib.measure import ledger, records
+from rcmlib.measure.implementations import IMPLEMENTATIONS
 from tests.inputs import without_a_gpu
 
 SEED, LARGE = (4, 12, 2048, 64), (4, 16, 8192, 128)
@@ -220,7 +221,7 @@ def test_the_command_keeps_clocks_and_profiles_only_the_marked_calls():
     for pair in (("--clock-control", "none"), ("--cache-control", "all"),
                  ("--profile-from-start", "off")):  # fmt: skip
         assert pair in zip(words, words[1:], strict=False)
-    assert words[-2:] == ["rcmlib.measure.profiled", "seed"]
+    assert words[-2:] == ["benchmarks.profiled", "seed"]
 
 
 # ---- the stored record ----

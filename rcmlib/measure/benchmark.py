@@ -1,186 +1,193 @@
-"""The book's measurements, and yours: python -m rcmlib.measure.benchmark OPTIONS
+"""All implementations side by side, each checked before it is timed.
 
-    --suite quick                      half a minute: tables, and the record quick.json
-    --suite seed video --out mine/     records in a folder of yours
-    --suite seed --out mine.json       one record, one file
-    --suite attention --baseline       have ratios moved against the stored record? Exit 1 if
-                                       something became slower; stores nothing without --out
-    --suite seed --baseline mine.json  against a record of yours
-    --suite seed --baseline --reference fused   ratios to an implementation of your choice
-    --shape 2,4096,1536,12             your own B, N, C and number of heads
-
-Suites, each one record: quick, seed, video, wan, scaling, batch, dims (all implementations side
-by side), layers (whole modules), launch (the host time of a call); ceilings (copy bandwidth,
-bf16 matrix rate), skip (chapter 4), attention, tiles and one_over_n (chapter 6), gradients
-(chapter 7), projection, modules and blocks (chapter 8), sage_quantize, sage, sage_crossover and
-sage_accuracy (chapters 9 to 11). `sageattention==1.0.6` is timed too where it is installed.
-
-Every implementation of the skip is checked first, on the very inputs it is timed on, and
-refused a time if it is wrong; the record's method says against what. One that is not supported
-or runs out of memory is named with the reason. Ctrl-C keeps the cases that are done. Without a
-GPU the stored records are shown.
+case = rcmlib.benchmark_all_implementations(4, 2048, 768, 12)
+case["results"]["fused"]["median_ms"], case["failed"], case["peak_bytes"]["naive"]
 """
 
-import argparse
-import json
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from rcmlib.measure import records, regression
-from rcmlib.measure.peers import PEERS, check_sizes
-from rcmlib.measure.suites import SUITES
-from rcmlib.measure.suites.peers import CHECKED
-from rcmlib.measure.suites.suite import INPUTS, Suite, side_by_side
+from rcmlib.attention import HEAD_DIMS
+from rcmlib.core.checks import DTYPES
+from rcmlib.measure import timing
+from rcmlib.measure.implementations import (
+    IMPLEMENTATIONS,
+    allowed,
+    attention_inputs,
+    distance,
+    has_sage_one,
+    implementation,
+)
 from rcmlib.measure.tables import table
 
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
+Run = Callable[[], object]
+
+# Variants of one kernel are chapter 11's subject, and stay out of the comparison.
+PEERS = tuple(
+    label
+    for label in IMPLEMENTATIONS
+    if not label.startswith("sage_kernel") or label == "sage_kernel_fp8"
+)
 
 
-def main() -> None:
-    parser = argument_parser()
-    options = parser.parse_args()
-    suites = chosen_suites(parser, options)
+def benchmark_all_implementations(
+    B: int,
+    N: int,
+    C: int,
+    num_heads: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    implementations: Iterable[str] | None = None,
+    seed: int = 0,
+) -> dict:
+    """Times every way to compute c_skip·x + c_out·Attention(x); prints a table.
+
+    B samples of N tokens and C channels in num_heads heads; D = C / num_heads from 16 to 256.
+    dtype: float32, float16 or bfloat16. implementations: labels of
+    `rcmlib.measure.implementations.IMPLEMENTATIONS`; unless given, PEERS, and SageAttention 1.0.6
+    only where it is installed.
+
+    Returns a record's case: sizes; `results`, by label: median, 10th and 90th percentile in
+    milliseconds of GPU time, and every sample; `errors`: relative L2 against float64;
+    `peak_bytes`: what one call holds above its inputs; `failed`: a sentence for each that is
+    wrong, not supported or out of memory.
+
+    Forgets what torch.compile has compiled in this process (`torch.compiler.reset`).
+    TypeError or ValueError for bad arguments, RuntimeError without a CUDA device.
+    """
+    shape = check_sizes(B, N, C, num_heads)
+    if dtype not in DTYPES:
+        names = ", ".join(str(d) for d in DTYPES)
+        raise TypeError(f"dtype must be one of {names}, got {dtype}")
+    labels = check_labels(implementations)
     if not torch.cuda.is_available():
-        sys.exit(show_stored(options))
-    status = 0
-    for name, suite in suites.items():
-        old = options.baselines.get(name)
-        status = max(status, run_suite(name, suite, options, old))
-        if status == INTERRUPTED:
-            break
-    sys.exit(status)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rcmlib.measure.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME")
-    parser.add_argument("--shape", metavar="B,N,C,HEADS")
-    parser.add_argument("--out", type=Path, metavar="FOLDER or FILE.json")
-    parser.add_argument("--baseline", nargs="?", const="", metavar="RECORD")
-    parser.add_argument("--reference", metavar="IMPLEMENTATION")
-    parser.add_argument("--tolerance", type=float, default=regression.TOLERANCE)
-    return parser
-
-
-def chosen_suites(parser, options) -> dict[str, Suite]:
-    """The suites to run; completes options.out and options.baselines. Ends on bad options."""
-    if options.shape and options.suite:
-        parser.error("give --suite or --shape, not both")
-    options.suite = options.suite or list(SUITES)
-    try:
-        suites = (
-            {"shape": own_shape(options.shape)}
-            if options.shape
-            else {name: SUITES[name] for name in options.suite}
+        raise RuntimeError(
+            "implementations are timed on a CUDA device, and there is none here"
         )
-        options.baselines = {}
-        if options.baseline is not None:
-            options.baselines = {n: baseline(options.baseline, n) for n in suites}
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    one_file = [
-        value
-        for value in (options.baseline, options.out and str(options.out))
-        if value and value.endswith(".json")
-    ]
-    if len(suites) > 1 and one_file:
-        parser.error(f"{one_file[0]} is one record, and there are {len(suites)} suites")
-    if options.out is None and options.baseline is None and not options.shape:
-        options.out = records.FOLDER
-    return suites
+    case = measure(f"B{B}_N{N}_C{C}_H{num_heads}", shape, labels, dtype, seed)
+    print(table(case))
+    return case
 
 
-def own_shape(text: str) -> Suite:
-    """A suite of one case: all implementations at the shape B,N,C,HEADS."""
-    numbers = text.split(",")
-    if len(numbers) != 4 or not all(n.strip().isdecimal() for n in numbers):
-        raise ValueError(f"--shape must be four numbers B,N,C,HEADS, got {text!r}")
-    shape = check_sizes(*map(int, numbers))
-    name = "B{}_N{}_C{}_H{}".format(*map(int, numbers))
-    run = side_by_side({name: shape}, PEERS)
-    return Suite("All implementations at one shape.", f"{INPUTS} {CHECKED}", run)
+def check_sizes(B: int, N: int, C: int, num_heads: int) -> tuple[int, int, int, int]:
+    """The shape (B, H, N, D), or the TypeError or ValueError that says what is wrong."""
+    sizes = {"B": B, "N": N, "C": C, "num_heads": num_heads}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if C % num_heads:
+        raise ValueError(f"C must be a multiple of num_heads, got {C} and {num_heads}")
+    if C // num_heads not in HEAD_DIMS:
+        raise ValueError(
+            f"C / num_heads must be from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, "
+            f"got {C // num_heads}"
+        )
+    return B, num_heads, N, C // num_heads
 
 
-def baseline(given: str, suite: str) -> dict:
-    """The record to compare with: a file, a stored record's name, or the suite's own."""
-    if given.endswith(".json"):
-        return json.loads(Path(given).read_text())
-    return records.record(given or suite)
+def check_labels(implementations: Iterable[str] | None) -> list[str]:
+    """The labels to run, in the order given; all that are installed if none are given."""
+    if implementations is None:
+        return installed(PEERS)
+    if isinstance(implementations, str):
+        raise TypeError("implementations must be a list of labels, got one str")
+    labels = list(dict.fromkeys(implementations))
+    if not labels:
+        raise ValueError("implementations must name at least one, got none")
+    if unknown := [label for label in labels if label not in IMPLEMENTATIONS]:
+        raise ValueError(
+            f"implementations must be among {', '.join(IMPLEMENTATIONS)}; "
+            f"got {', '.join(map(str, unknown))}"
+        )
+    return labels
 
 
-def run_suite(name: str, suite: Suite, options, old: dict | None) -> int:
-    """Measures, prints, stores and compares one suite; the exit status."""
-    cases: list[dict] = []
-    try:
-        for case in tqdm(suite.run(), desc=name, disable=None):
-            cases.append(case)
-            tqdm.write(f"{table(case)}\n")
-    except BaseException as stop:
-        print(keep_what_is_done(name, suite, cases, options.out))
-        if isinstance(stop, KeyboardInterrupt):
-            return INTERRUPTED
-        raise
-    if options.out:
-        print(f"stored: {store(name, suite, cases, options.out)}")
-    if old is None:
-        return 0
-    reference = options.reference or suite.reference
-    rows = regression.compare(cases, old["cases"], reference, options.tolerance)
-    device = old["provenance"]["device"]
-    if device != torch.cuda.get_device_name():
-        print(f"the baseline is from another GPU: {device}")
-    print(f"{name}: {regression.report(rows)}")
-    return 0 if regression.passes(rows) else 1
+def installed(labels: Iterable[str]) -> list[str]:
+    """labels without the peer that is not installed here."""
+    missing = () if has_sage_one() else ("sage1_compiled",)
+    return [label for label in labels if label not in missing]
 
 
-def store(name: str, suite: Suite, cases: list[dict], out: Path) -> Path:
-    method = f"{suite.timing} {suite.method}"
-    return records.save(name, suite.what, method, cases, out)
+def measure(
+    name: str,
+    shape: tuple[int, int, int, int],
+    labels: Iterable[str],
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    budget_ms: float = timing.BUDGET_MS,
+) -> dict:
+    """A record's case: these implementations at one shape (B, H, N, D)."""
+    batch, heads, tokens, dim = shape
+    sizes = dict(zip("BHND", shape, strict=True))
+    sizes |= {"dtype": str(dtype).removeprefix("torch."), "seed": seed}
+    sizes["flop"] = 4 * batch * heads * tokens**2 * dim
+    failed: dict[str, str] = {}
+    timing.free()
+
+    def prepare():
+        inputs = attention_inputs(*shape, dtype, seed)
+        return inputs, distance(inputs)
+
+    prepared = timing.attempt(prepare, "inputs", failed)
+    if prepared is None:
+        failed = dict.fromkeys(labels, f"inputs: {failed['inputs']}")
+        return {"name": name, **sizes, "failed": failed, "results": {}}
+    inputs, error = prepared
+    builders = {label: partial(implementation, label, inputs) for label in labels}
+    checked = check(name, builders, error, allowed)
+    times = timing.compare(checked.runs, budget_ms=budget_ms, failed=checked.failed)
+    return checked.case(name, sizes, times)
 
 
-def keep_what_is_done(
-    name: str, suite: Suite, cases: list[dict], out: Path | None
-) -> str:
-    """Stores an interrupted suite's cases beside its record, which stays; says what it did."""
-    done = f"{name}: interrupted after {len(cases)} case(s)"
-    if not cases:
-        return f"{done}; nothing to store"
-    if out is None:
-        return f"{done}; shown above, not stored without --out"
-    path = records.file_of(name, out)
-    # No .json at the end: what reads the folder's records does not see it.
-    partial = path.with_name(f"{path.name}.partial")
-    return f"{done}; stored: {store(name, suite, cases, partial)}"
+class Checked(NamedTuple):
+    """What `check` found, by label; `runs` are those that may be timed."""
+
+    runs: dict[str, Run]
+    errors: dict[str, dict[str, float]]
+    peak_bytes: dict[str, int]
+    failed: dict[str, str]
+
+    def case(self, name: str, sizes: dict, times: dict[str, timing.Timing]) -> dict:
+        """A record's case, with the times of what ran to the end."""
+        return {
+            "name": name,
+            **sizes,
+            "errors": self.errors,
+            "peak_bytes": self.peak_bytes,
+            "failed": self.failed,
+            "results": {label: t._asdict() for label, t in times.items()},
+        }
 
 
-def show_stored(options) -> int:
-    """Without a GPU: says so, and prints the suites' stored records; the exit status."""
-    print("There is no CUDA device here, so nothing can be measured.")
-    if options.shape or options.baseline is not None:
-        print("An own shape or a baseline needs one.", file=sys.stderr)
-        return 1
-    missing = [name for name in options.suite if name not in records.names()]
-    for name in options.suite:
-        if name not in missing:
-            print(stored(name))
-    if missing:
-        print(f"no stored record of: {', '.join(missing)}", file=sys.stderr)
-    return 1 if missing else 0
+class Wrong(ArithmeticError):
+    """An implementation's result is too far from float64's."""
 
 
-def stored(name: str) -> str:
-    """A stored record as text: what, where, and a table for each case."""
-    record = records.record(name)
-    tables = "\n\n".join(table(case) for case in record["cases"])
-    return f"\n{name}: {record['what']}\n{records.machine(name)}\n\n{tables}"
+def check(
+    name: str,
+    builders: dict[str, Callable[[], Run]],
+    error: Callable[[str, object], float],
+    allowed: Callable[[str], float],
+) -> Checked:
+    """Builds and runs each implementation once, compares it, and takes its peak memory."""
+    checked = Checked({}, {}, {}, {})
 
+    def examine(label):
+        run = builders[label]()
+        wrong_by, bound = error(label, run()), allowed(label)
+        checked.errors[label] = {"relative_l2": wrong_by}
+        if not wrong_by < bound:  # NaN is wrong too
+            raise Wrong(f"wrong: relative error {wrong_by:.2g}, allowed {bound}")
+        checked.peak_bytes[label] = timing.peak_bytes(run)
+        checked.runs[label] = run
 
-if __name__ == "__main__":
-    main()
+    # disable=None: no bar where the output is a file or a notebook
+    for label in tqdm(builders, desc=name, leave=False, disable=None):
+        timing.attempt(partial(examine, label), label, checked.failed)
+    return checked

@@ -87,7 +87,7 @@ def _found(passes: list[Pass], l2_bytes: float) -> float:
     return max(0.0, (l2_bytes - low) / (high - low)) if high > low else 0.0
 
 
-# ---- the implementations of `rcmlib.measure.pipelines`, by label: (pass, reads, writes) ----
+# ---- the implementations of `rcmlib.measure.implementations`, by label: (pass, reads, writes) ----
 
 ATTENTION = ("attention", "q k v", "F")
 # As PyTorch runs c_skip·x + c_out·F: two products and a sum.

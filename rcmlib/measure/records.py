@@ -15,110 +15,116 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parents[2] / "notebooks" / "measurements"
+
+class Records:
+    """The records of a folder: `Records("notebooks/measurements").ratio(...)`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def names(self) -> list[str]:
+        """The stored records."""
+        return sorted(path.stem for path in self.folder.glob("*.json"))
+
+    def record(self, name: str) -> dict:
+        """One record: name, what, provenance, method, cases. FileNotFoundError if absent."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no record {name!r}; there are: {', '.join(self.names())}"
+            )
+        return json.loads(path.read_text())
+
+    def case(self, name: str, case_name: str) -> dict:
+        """One case of a record: its shape, and the results of its implementations."""
+        cases = {c["name"]: c for c in self.record(name)["cases"]}
+        if case_name not in cases:
+            raise KeyError(
+                f"record {name!r} has no case {case_name!r}: {', '.join(cases)}"
+            )
+        return cases[case_name]
+
+    def median_ms(self, name: str, case_name: str, implementation: str) -> float:
+        """The median time of one implementation, in milliseconds."""
+        return self.case(name, case_name)["results"][implementation]["median_ms"]
+
+    def ratio(self, name: str, case_name: str, slow: str, fast: str) -> float:
+        """How many times faster `fast` is than `slow` (below 1: it is slower)."""
+        return self.median_ms(name, case_name, slow) / self.median_ms(
+            name, case_name, fast
+        )
+
+    def error(
+        self, name: str, case_name: str, implementation: str, measure: str
+    ) -> float:
+        """An implementation's distance from float64: cosine, relative_l1 or relative_l2."""
+        return self.case(name, case_name)["errors"][implementation][measure]
+
+    def copy_gb_s(self) -> float:
+        """The measured ceiling of HBM bandwidth: a large device copy, bytes read plus written."""
+        return (
+            self.case("ceilings", "copy")["bytes"]
+            / self.median_ms("ceilings", "copy", "copy")
+            / 1e6
+        )
+
+    def bf16_tflop_s(self) -> float:
+        """The measured ceiling of bf16 matrix products: a large torch.matmul on random data."""
+        return self._product_rate("matmul")
+
+    def fp8_tflop_s(self) -> float:
+        """The same for FP8 E4M3, summed by the tensor core."""
+        return self._product_rate("matmul_fp8")
+
+    def int8_top_s(self) -> float:
+        """The same for INT8, in 10¹² operations a second."""
+        return self._product_rate("matmul_int8")
+
+    def _product_rate(self, name: str) -> float:
+        return (
+            self.case("ceilings", name)["flop"]
+            / self.median_ms("ceilings", name, "matmul")
+            / 1e9
+        )
+
+    def exp2_top_s(self) -> float:
+        """The measured ceiling of exp2 in registers, in 10¹² a second."""
+        return (
+            self.case("ceilings", "exp2")["ops"]
+            / self.median_ms("ceilings", "exp2", "exp2")
+            / 1e9
+        )
+
+    def traffic_mb(self, case_name: str, label: str, cache: str = "none") -> float:
+        """What one call moves through HBM, in MB (10⁶ bytes): read, and written sooner or later.
+
+        By the hardware's counters (record `traffic`). cache: "none", as the program leaves the
+        caches, or "all", emptied before every kernel; there, what a kernel leaves in L2 is not
+        seen to be written.
+        """
+        found = self.case("traffic", case_name)["traffic"][label][cache]
+        parts = ("read_bytes", "write_bytes", "left_bytes")
+        return sum(found[part] for part in parts) / 1e6
+
+    def traffic_share(self, case_name: str, label: str, of: str) -> float:
+        """The HBM traffic of one implementation over another's, caches as they are."""
+        return self.traffic_mb(case_name, label) / self.traffic_mb(case_name, of)
+
+    def machine(self, name: str = "attention") -> str:
+        """Where a record was taken, in one line."""
+        p = self.record(name)["provenance"]
+        return (
+            f"{p['device']}, driver {p['driver']}, torch {p['torch']}, "
+            f"Triton {p['triton']}, cuDNN {p['cudnn']}"
+        )
 
 
-def names() -> list[str]:
-    """The stored records."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
-
-
-def record(name: str) -> dict:
-    """One record: name, what, provenance, method, cases. FileNotFoundError if absent."""
-    path = FOLDER / f"{name}.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no record {name!r}; there are: {', '.join(names())}")
-    return json.loads(path.read_text())
-
-
-def case(name: str, case_name: str) -> dict:
-    """One case of a record: its shape, and the results of its implementations."""
-    cases = {c["name"]: c for c in record(name)["cases"]}
-    if case_name not in cases:
-        raise KeyError(f"record {name!r} has no case {case_name!r}: {', '.join(cases)}")
-    return cases[case_name]
-
-
-def median_ms(name: str, case_name: str, implementation: str) -> float:
-    """The median time of one implementation, in milliseconds."""
-    return case(name, case_name)["results"][implementation]["median_ms"]
-
-
-def ratio(name: str, case_name: str, slow: str, fast: str) -> float:
-    """How many times faster `fast` is than `slow` (below 1: it is slower)."""
-    return median_ms(name, case_name, slow) / median_ms(name, case_name, fast)
-
-
-def error(name: str, case_name: str, implementation: str, measure: str) -> float:
-    """An implementation's distance from float64: cosine, relative_l1 or relative_l2."""
-    return case(name, case_name)["errors"][implementation][measure]
-
-
-def copy_gb_s() -> float:
-    """The measured ceiling of HBM bandwidth: a large device copy, bytes read plus written."""
-    return (
-        case("ceilings", "copy")["bytes"] / median_ms("ceilings", "copy", "copy") / 1e6
-    )
-
-
-def bf16_tflop_s() -> float:
-    """The measured ceiling of bf16 matrix products: a large torch.matmul on random data."""
-    return _product_rate("matmul")
-
-
-def fp8_tflop_s() -> float:
-    """The same for FP8 E4M3, summed by the tensor core."""
-    return _product_rate("matmul_fp8")
-
-
-def int8_top_s() -> float:
-    """The same for INT8, in 10¹² operations a second."""
-    return _product_rate("matmul_int8")
-
-
-def _product_rate(name: str) -> float:
-    return case("ceilings", name)["flop"] / median_ms("ceilings", name, "matmul") / 1e9
-
-
-def exp2_top_s() -> float:
-    """The measured ceiling of exp2 in registers, in 10¹² a second."""
-    return case("ceilings", "exp2")["ops"] / median_ms("ceilings", "exp2", "exp2") / 1e9
-
-
-def traffic_mb(case_name: str, label: str, cache: str = "none") -> float:
-    """What one call moves through HBM, in MB (10⁶ bytes): read, and written sooner or later.
-
-    By the hardware's counters (record `traffic`). cache: "none", as the program leaves the
-    caches, or "all", emptied before every kernel; there, what a kernel leaves in L2 is not
-    seen to be written.
-    """
-    found = case("traffic", case_name)["traffic"][label][cache]
-    parts = ("read_bytes", "write_bytes", "left_bytes")
-    return sum(found[part] for part in parts) / 1e6
-
-
-def traffic_share(case_name: str, label: str, of: str) -> float:
-    """The HBM traffic of one implementation over another's, caches as they are."""
-    return traffic_mb(case_name, label) / traffic_mb(case_name, of)
-
-
-def machine(name: str = "attention") -> str:
-    """Where a record was taken, in one line."""
-    p = record(name)["provenance"]
-    return (
-        f"{p['device']}, driver {p['driver']}, torch {p['torch']}, "
-        f"Triton {p['triton']}, cuDNN {p['cudnn']}"
-    )
-
-
-def file_of(name: str, out: Path = FOLDER) -> Path:
+def file_of(name: str, out: Path) -> Path:
     """Where a record goes: `out` itself if it names a file, else NAME.json in it."""
     return out if out.suffix in (".json", ".partial") else out / f"{name}.json"
 
 
-def save(
-    name: str, what: str, method: str, cases: list[dict], out: Path = FOLDER
-) -> Path:
+def save(name: str, what: str, method: str, cases: list[dict], out: Path) -> Path:
     """Writes a record of the measurements just taken on this machine's GPU."""
     content = {
         "name": name,
@@ -222,7 +228,7 @@ def _commit() -> str:
     describe = (
         "git",
         "-C",
-        str(FOLDER),
+        str(Path(__file__).parent),
         "describe",
         "--always",
         "--dirty",

@@ -1,6 +1,6 @@
 """The specification of the 8-bit attention: what is rounded, when, and to what.
 
-The quantisers are plain PyTorch in float32 and agree with `rcmlib.ops.quantize` bit for bit.
+The quantisers are plain PyTorch in float32 and agree with `rcmlib.sage.quantize` bit for bit.
 `sage_attention` follows the kernel tile by tile, but in float64 wherever the kernel does not
 round on purpose; each rounding can be switched off, which gives an error budget.
 """

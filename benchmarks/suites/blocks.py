@@ -1,0 +1,250 @@
+"""Chapter 8: the projection with the skip in its epilogue, modules and whole blocks."""
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+import rcmlib
+from benchmarks.suites.suite import Suite, case, one_by_one, right_ones
+from rcmlib import integrate, modules, reference
+from rcmlib.measure import timing
+from rcmlib.measure.implementations import eager_skip
+from rcmlib.wan import WanBlock
+
+PROJECTIONS = {  # (B, N, K, C)
+    "M8192_C768": (4, 2048, 768, 768),
+    "M32760_C1536": (1, 32760, 1536, 1536),
+    "M32760_C5120": (1, 32760, 5120, 5120),
+}
+SEED = {"B": 4, "N": 2048, "C": 768, "H": 12}
+WAN = {"C": 1536, "H": 12, "ffn": 8960}  # Wan 2.1, 1.3B
+GRIDS = {
+    "wan_short": (1, 30, 52),
+    "wan_long": (21, 30, 52),
+}  # latent frames, rows, columns
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def distance(ref: Tensor | tuple[Tensor, ...]) -> Callable[[str, object], float]:
+    """The relative L2 error against ref; of several tensors, the largest."""
+
+    def error(_, out):
+        pairs = [(out, ref)] if isinstance(out, Tensor) else zip(out, ref, strict=True)
+        return max(reference.relative_l2(a, b) for a, b in pairs)
+
+    return error
+
+
+def gated(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
+    return x + gate[:, None] * f
+
+
+def projection_case(name: str) -> dict:
+    batch, tokens, depth, cols = PROJECTIONS[name]
+    torch.manual_seed(0)
+    a, x, g = (random(batch, tokens, n) for n in (depth, cols, cols))
+    weight, bias = random(cols, depth) * depth**-0.5, random(cols)
+    gate = random(batch, cols)
+    c = rcmlib.edm(torch.rand(batch, device="cuda") * 3)
+    c = (c.c_skip, c.c_out)
+    skip, gating = (torch.compile(f, dynamic=False) for f in (eager_skip, gated))
+
+    def linear():
+        return F.linear(a, weight, bias)
+
+    def step(function):
+        leaves = [t.detach().requires_grad_() for t in (a, weight, bias, x)]
+        return lambda: torch.autograd.grad(function(*leaves), leaves, g)
+
+    with_skip = {
+        "linear_eager": lambda: eager_skip(x, linear(), *c),
+        "linear_compiled": lambda: skip(x, linear(), *c),
+        "fused": lambda: rcmlib.rcm_projection(a, weight, bias, x, *c),
+    }
+    with_gate = {
+        "gated_compiled": lambda: gating(x, linear(), gate),
+        "gated_fused": lambda: rcmlib.gated_projection(a, weight, bias, x, gate),
+    }
+    steps = {
+        "train_compiled": step(lambda a, w, b, x: skip(x, F.linear(a, w, b), *c)),
+        "train_fused": step(lambda *leaves: rcmlib.rcm_projection(*leaves, *c)),
+    }
+    f = linear().double()
+    functions = {"linear": linear}
+    functions |= right_ones(with_skip, distance(reference.skip(x, f, *c)), 0.01, name)
+    functions |= right_ones(with_gate, distance(gated(x.double(), f, gate)), 0.01, name)
+    ref = projection_gradients(a, weight, bias, x, c, g)
+    steps = right_ones(steps, distance(ref), 0.02, name)
+    functions |= {label: timing.graph(run) for label, run in steps.items()}
+    sizes = dict(zip("BNKC", PROJECTIONS[name], strict=True))
+    result = case(name, sizes, timing.compare(functions))
+    timing.free()
+    return result
+
+
+def projection_gradients(a, weight, bias, x, c, g) -> tuple[Tensor, ...]:
+    """Of the skip behind a linear layer, in float32."""
+    leaves = [t.float().requires_grad_() for t in (a, weight, bias, x)]
+    out = eager_skip(leaves[3], F.linear(*leaves[:3]), *c)
+    return torch.autograd.grad(out, leaves, g.float())
+
+
+def compiled(module: torch.nn.Module) -> torch.nn.Module:
+    return torch.compile(copy.deepcopy(module), dynamic=False)
+
+
+@contextlib.contextmanager
+def afresh() -> Iterator[None]:
+    """Inside, torch.compile reuses nothing that was compiled before, in memory or on disk.
+
+    It settles on a backend of PyTorch's attention as it traces, but finds graphs again by
+    their operators and shapes alone (pytorch/pytorch#185449): what was compiled for flash
+    would serve, unnoticed, as compiled for cuDNN.
+    """
+    torch.compiler.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
+
+
+def backends(run: Callable[[], object]) -> set[str]:
+    """The fused backends of PyTorch's attention that a call of run reaches: "flash", ..."""
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+        run()
+    names = " ".join(event.key for event in seen.key_averages())
+    return set(re.findall(r"_scaled_dot_product_([a-z]+)_attention", names))
+
+
+def module_cases(name: str, baseline: torch.nn.Module) -> list[dict]:
+    """A layer or block at the seed's shape: forward, and forward with backward."""
+    torch.manual_seed(0)
+    x, g = (random(SEED["B"], SEED["N"], SEED["C"]) for _ in range(2))
+    t = torch.rand(SEED["B"], device="cuda") * 3
+    baseline = baseline.cuda().bfloat16()
+    fused = copy.deepcopy(baseline)
+    integrate.fuse(fused)
+    variants = {
+        "baseline": baseline,
+        "baseline_compiled": compiled(baseline),
+        "fused": fused,
+        "fused_compiled": compiled(fused),
+    }
+    if isinstance(baseline, modules.BaselineRCMAttention):
+        in_pytorch = modules.FusedRCMAttention(SEED["C"], SEED["H"])
+        in_pytorch.load_state_dict(baseline.state_dict())
+        variants["fused_pytorch"] = in_pytorch.cuda().bfloat16()
+
+    def forward(module, x=x):
+        with torch.no_grad():
+            return module(x, t)
+
+    def step(module, x=x):
+        leaves = [x.detach().requires_grad_(), *module.parameters()]
+        return torch.autograd.grad(module(leaves[0], t), leaves, g.to(x.dtype))
+
+    exact = copy.deepcopy(baseline).float()
+    cases = []
+    for run in (forward, step):
+        label = f"{name}_{'forward' if run is forward else 'training'}"
+        functions = {n: partial(run, m) for n, m in variants.items()}
+        functions = right_ones(functions, distance(run(exact, x.float())), 0.05, label)
+        graphs = {n: timing.graph(f) for n, f in functions.items()}
+        cases.append(case(label, SEED, timing.compare(graphs)))
+    timing.free()
+    return cases
+
+
+def wan_case(name: str) -> dict:
+    """One block of Wan 2.1 (1.3B), its self-attention and its FFN, forward."""
+    grid = GRIDS[name]
+    tokens = grid[0] * grid[1] * grid[2]
+    torch.manual_seed(0)
+    block = WanBlock(WAN["C"], WAN["ffn"], WAN["H"]).cuda()
+    for linear in block.modules():  # the modulation and the norms stay in float32
+        if isinstance(linear, torch.nn.Linear):
+            linear.bfloat16()
+    fused = copy.deepcopy(block)
+    integrate.fuse(fused)
+    x, e = (random(1, n, WAN["C"], dtype=torch.float32) for n in (tokens, 6))
+
+    def forward(module, backend):
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16), backend():
+            return module(x, e, grid)
+
+    flash, cudnn = (
+        partial(sdpa_kernel, backend)
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    )
+    error = distance(forward(block, cudnn))
+    graphs, kept = {}, []  # a graph reads weights that it does not keep alive
+    for label, module, backend in (
+        ("flash", block, flash),
+        ("cudnn", block, cudnn),
+        ("fused", fused, contextlib.nullcontext),
+    ):
+        for suffix, variant in (("", module), ("_compiled", compiled(module))):
+            kept.append(variant)
+            run = partial(forward, variant, backend)
+            with afresh():
+                right = right_ones({label + suffix: run}, error, 0.01, name)
+                reached = backends(run)
+                if reached != (set() if module is fused else {label}):
+                    print(f"{name}: {label + suffix} ran on {reached}: not timed")
+                    continue
+                graphs |= {n: timing.graph(f) for n, f in right.items()}
+    result = case(name, {"B": 1, "N": tokens, **WAN}, timing.compare(graphs))
+    timing.free()
+    return result
+
+
+def measure_modules() -> list[dict]:
+    torch.manual_seed(0)
+    return module_cases("module", modules.BaselineRCMAttention(SEED["C"], SEED["H"]))
+
+
+def measure_blocks() -> list[dict]:
+    torch.manual_seed(0)
+    return [
+        *(wan_case(name) for name in GRIDS),
+        *module_cases("transformer", modules.TransformerBlock(SEED["C"], SEED["H"])),
+    ]
+
+
+SUITES = {
+    "projection": Suite(
+        "The output projection with the skip or a gated residual, a [B, N, K] and weight "
+        "[C, K]: cuBLAS and a compiled skip, and the fused kernel; forward, and forward with "
+        "backward (train_*).",
+        "bf16, random normal inputs, coefficients [B] in float64, gate [B, C]. Steps with "
+        "backward are replayed from a CUDA graph. Each checked first, against cuBLAS's "
+        "product and a skip in float64, or (gradients) PyTorch in float32.",
+        one_by_one(projection_case, [(name,) for name in PROJECTIONS]),
+        reference="linear_compiled",
+    ),
+    "modules": Suite(
+        "The rCM attention layer as a module, with its projections: forward, and forward with "
+        "backward.",
+        "bf16. Replayed from a CUDA graph. Each checked first against PyTorch in float32.",
+        measure_modules,
+        reference="baseline_compiled",
+    ),
+    "blocks": Suite(
+        "A Wan 2.1 1.3B block without cross-attention (bf16 weights and autocast, residual "
+        "stream and modulation float32; forward), and a transformer block with the rCM "
+        "attention layer (bf16).",
+        "Replayed from a CUDA graph. Checked first: the transformer block against PyTorch in "
+        "float32, the Wan block's variants against the one on cuDNN, and which backend each "
+        "of them runs on.",
+        measure_blocks,
+    ),
+}

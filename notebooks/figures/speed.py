@@ -1,0 +1,249 @@
+"""Chapter 13: how a time is taken, and who is faster, at which length and head size."""
+
+import math
+import statistics
+
+from matplotlib.patches import Rectangle
+
+from notebooks.figures.style import PALETTE, arrow, new_figure
+from notebooks.measurements import records
+from rcmlib.measure.tables import TWO_PASS, fastest
+
+LOOKS = {  # implementation: (name, colour, marker)
+    "naive": ("N×N softmax, eager skip", "naive", "v"),
+    "flash_eager": ("flash SDPA, eager skip", "baseline", "o"),
+    "flash_compiled": ("flash SDPA, compiled skip", "compiled", "o"),
+    "cudnn_compiled": ("cuDNN SDPA, compiled skip", "cudnn", "s"),
+    "flex_compiled": ("FlexAttention, compiled skip", "flex", "^"),
+    "triton_skip": ("our kernel, then rcm_skip", "triton", "D"),
+    "fused": ("bf16, fused", "fused", "D"),
+    "sage": ("8 bits, fused", "sage", "D"),
+    "sage1_compiled": ("SageAttention 1.0.6, compiled skip", "sage1", "P"),
+}
+OURS = ("fused", "sage")
+
+
+def strongest(case: dict, labels: tuple[str, ...] = TWO_PASS) -> float:
+    """The shortest median of these implementations in a case, in milliseconds."""
+    return case["results"][fastest(case, labels)]["median_ms"]
+
+
+def steady(result: dict) -> bool:
+    """Whether the slowest tenth of the samples lies within a quarter of the median."""
+    return result["p90_ms"] < 1.25 * result["median_ms"]
+
+
+def one_sample():
+    """A drawing: how one time is taken, Python's line above, the GPU's below."""
+    fig, ax = new_figure(7.6, 2.7)
+    python = (
+        (0.0, 0.9, "zero\nL2", "neutral"), (1.0, 0.9, "sleep", "neutral"),
+        (2.0, 0.9, "start", "reference"), (3.0, 2.0, "call", "fused"),
+        (5.1, 0.9, "stop", "reference"),
+    )  # fmt: skip
+    gpu = (
+        (0.6, 2.4, "overwrite L2", "neutral"), (3.0, 4.2, "wait", "idle"),
+        (7.35, 4.0, "kernel", "fused"),
+    )  # fmt: skip
+    colours = PALETTE | {"idle": "#E9ECEF"}
+    for y, boxes in ((2.0, python), (0.3, gpu)):
+        for x, width, label, colour in boxes:
+            ax.add_patch(Rectangle((x, y), width, 0.95, fc=colours[colour], ec="white"))
+            ink = "#444444" if colour == "idle" else "white"
+            ax.text(x + width / 2, y + 0.47, label, color=ink, ha="center", va="center",
+                    fontsize=8.5)  # fmt: skip
+    for x in (7.28, 11.42):
+        ax.plot([x, x], [0.2, 1.45], color=PALETTE["reference"], lw=2)
+    arrow(ax, (7.32, 1.62), (11.4, 1.62))
+    arrow(ax, (11.4, 1.62), (7.32, 1.62))
+    ax.text(9.35, 1.72, "the time that counts", ha="center", va="bottom")
+    ax.plot([6.1, 6.1], [0.2, 2.95], ls=":", lw=1.2, color="#777777")
+    ax.text(6.25, 2.47, "from here on all is queued; Python is out of the game",
+            fontsize=9, va="center", color="#555555")  # fmt: skip
+    for y, label in ((2.47, "Python"), (0.77, "GPU")):
+        ax.text(-0.2, y, label, ha="right", va="center", fontweight="bold")
+    ax.set(xlim=(-1.4, 12.6), ylim=(0, 3.1))
+    ax.axis("off")
+    return fig
+
+
+def samples_in_turn(name: str, case_name: str, labels: tuple[str, ...]):
+    """Every stored time of some implementations, in the order they were taken."""
+    fig, ax = new_figure(7.2, 3.3)
+    for label in labels:
+        text, colour, marker = LOOKS[label]
+        times = [
+            1e3 * t for t in records.case(name, case_name)["results"][label]["all_ms"]
+        ]
+        order = range(1, len(times) + 1)
+        ax.plot(order, times, marker, ms=4, color=PALETTE[colour], label=text)
+        ax.axhline(statistics.median(times), color=PALETTE[colour], lw=1)
+    ax.set_xticks(range(0, len(times) + 1, 10))
+    ax.set(
+        xlabel="sample, ten a round", ylabel="GPU time (µs)", xlim=(0, len(times) + 1)
+    )
+    ax.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return fig
+
+
+def speeds_by_length(name: str):
+    """Speed relative to cuDNN + compiled skip over N, both axes logarithmic."""
+    fig, ax = new_figure(7.4, 4.2)
+    cases = records.record(name)["cases"]
+    for label, (text, colour, marker) in LOOKS.items():
+        found = [c for c in cases if label in c["results"]]
+        if label == "cudnn_compiled" or not found:
+            continue
+        speeds = [
+            strongest(c, ("cudnn_compiled",)) / strongest(c, (label,)) for c in found
+        ]
+        ax.plot([c["N"] for c in found], speeds, f"{marker}-", ms=5, color=PALETTE[colour],
+                label=text)  # fmt: skip
+    ax.axhline(1, color=PALETTE["cudnn"], lw=2, label="cuDNN SDPA, compiled skip")
+    log_tokens(ax, [c["N"] for c in cases])
+    ax.set_yscale("log")
+    ticks = (0.05, 0.1, 0.2, 0.5, 1, 1.5)
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.set_ylabel("speed relative to\ncuDNN SDPA + compiled skip")
+    ax.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig
+
+
+def where_the_speed_is_from(steps: dict[str, tuple[str, str, str]]):
+    """From the N×N baseline to the fused kernel: each step's factor, on a log scale.
+
+    steps: {what: (slow, fast, colour)}, implementations of the record `seed`.
+    """
+    cases = records.record("seed")["cases"]
+    fig, ax = new_figure(7.6, 0.55 * len(cases) + 1.3)
+    for row, case in enumerate(cases):
+        start = 0.0
+        for slow, fast, colour in steps.values():
+            factor = strongest(case, (slow,)) / strongest(case, (fast,))
+            width = math.log2(factor)
+            ax.barh(
+                row, width, left=start, height=0.62, color=PALETTE[colour], ec="white"
+            )
+            if width > 0.25:
+                ax.text(start + width / 2, row, f"{factor:.2f}×", ha="center", va="center",
+                        color="white", fontsize=8.5, fontweight="bold")  # fmt: skip
+            start += width
+        ax.text(start + 0.06, row, f"{2**start:.1f}×", va="center", fontweight="bold")
+    ax.set_yticks(range(len(cases)), [f"N = {c['N']}" for c in cases])
+    ax.invert_yaxis()
+    powers = range(6)
+    ax.set_xticks(powers, [f"{2**p}×" for p in powers])
+    ax.set_xlabel("speed relative to the N×N baseline (logarithmic)")
+    ax.grid(axis="y", visible=False)
+    handles = [Rectangle((0, 0), 1, 1, fc=PALETTE[c]) for *_, c in steps.values()]
+    ax.legend(handles, steps, fontsize=8.5, ncols=2, loc="lower center",
+              bbox_to_anchor=(0.45, 1.0))  # fmt: skip
+    return fig
+
+
+def scaling():
+    """Time over N² and peak memory against N, one sequence of 12 heads."""
+    fig, (left, right) = new_figure(7.8, 3.9, ncols=2)
+    cases = records.record("scaling")["cases"]
+    memory = records.record("scaling")["provenance"]["memory_mib"] * 2**20
+    for label in ("naive", *TWO_PASS, "fused", "sage"):
+        text, colour, marker = LOOKS[label]
+        found = [c for c in cases if label in c["results"]]
+        tokens = [c["N"] for c in found]
+        pairs = [1e9 * strongest(c, (label,)) / (c["H"] * c["N"] ** 2) for c in found]
+        left.plot(tokens, pairs, f"{marker}-", ms=4, color=PALETTE[colour], label=text)
+        peaks = [c["peak_bytes"][label] for c in found]
+        right.plot(tokens, peaks, f"{marker}-", ms=4, color=PALETTE[colour])
+    right.axhline(memory, color=PALETTE["reference"], ls="--", lw=1)
+    right.text(
+        cases[0]["N"], memory * 0.8, "all memory of the GPU", va="top", fontsize=9
+    )
+    last = [c for c in cases if "naive" in c["results"]][-1]
+    right.plot(2 * last["N"], 4 * last["peak_bytes"]["naive"], "x", ms=9, mew=2,
+               color=PALETTE["naive"])  # fmt: skip
+    right.annotate("does not fit", (2 * last["N"], 4 * last["peak_bytes"]["naive"]),
+                   xytext=(7, 0), textcoords="offset points", va="center", fontsize=9,
+                   color=PALETTE["naive"])  # fmt: skip
+    for ax in (left, right):
+        log_tokens(ax, [c["N"] for c in cases])
+        ax.set_yscale("log")
+        ax.tick_params(axis="x", labelsize=7.5)
+    left.set_ylabel("time a score (ps): time / (heads · N²)")
+    sizes = {1e6: "1 MB", 1e8: "100 MB", 1e10: "10 GB"}
+    right.set_yticks(list(sizes), list(sizes.values()))
+    right.minorticks_off()
+    right.set_ylabel("peak memory above the inputs")
+    left.legend(fontsize=8)
+    return fig
+
+
+def batches_and_heads():
+    """Left: time a sample over the batch size. Right: rates at three head sizes.
+
+    A time whose slowest tenth of samples is far off (Python, not the GPU) is left out.
+    """
+    fig, (left, right) = new_figure(7.8, 3.5, ncols=2)
+    labels = (*TWO_PASS, *OURS)
+    cases = records.record("batch")["cases"]
+    for label in labels:
+        text, colour, marker = LOOKS[label]
+        found = [c for c in cases if steady(c["results"][label])]
+        times = [1e3 * strongest(c, (label,)) / c["B"] for c in found]
+        left.plot(
+            [c["B"] for c in found], times, f"{marker}-", ms=4, color=PALETTE[colour]
+        )
+    left.set_xscale("log", base=2)
+    left.set_xticks([c["B"] for c in cases], [str(c["B"]) for c in cases])
+    left.minorticks_off()
+    left.set(xlabel="batch size B (N = {N}, {H} heads of {D})".format(**cases[0]),
+             ylabel="time a sample (µs)", ylim=(0, None))  # fmt: skip
+    cases = records.record("dims")["cases"]
+    for label in labels:
+        text, colour, marker = LOOKS[label]
+        rates = [_tflop_s(c, label) for c in cases]
+        right.plot([c["D"] for c in cases], rates, f"{marker}-", ms=5, color=PALETTE[colour],
+                   label=text)  # fmt: skip
+    right.set_xticks([c["D"] for c in cases])
+    right.set(xlabel="head size D (N = {N}, B = {B})".format(**cases[0]),
+              ylabel="TFLOP/s, skip included", ylim=(0, None))  # fmt: skip
+    right.legend(fontsize=8, loc="lower right")
+    return fig
+
+
+def speed_rows(rows: dict[str, dict], labels: tuple[str, ...]):
+    """One row a case (title: case), a mark for each implementation's relative speed."""
+    fig, ax = new_figure(7.6, 0.42 * len(rows) + 1.5)
+    for y, case in enumerate(rows.values()):
+        base = strongest(case)
+        speeds = {
+            n: base / strongest(case, (n,)) for n in labels if n in case["results"]
+        }
+        ax.plot([min(speeds.values()), max(speeds.values())], [y, y], lw=4, color="#E2E5E8",
+                zorder=1)  # fmt: skip
+        for label, speed in speeds.items():
+            _, colour, marker = LOOKS[label]
+            ax.plot(speed, y, marker, ms=7, color=PALETTE[colour])
+    ax.axvline(1, color="#444444", lw=1)
+    for label in labels:
+        text, colour, marker = LOOKS[label]
+        ax.plot([], [], marker, color=PALETTE[colour], label=text)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel("speed relative to the strongest two-pass pipeline (flash or cuDNN)")
+    ax.grid(axis="y", visible=False)
+    ax.legend(fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    return fig
+
+
+def _tflop_s(case: dict, label: str) -> float:
+    flop = 4 * case["B"] * case["H"] * case["N"] ** 2 * case["D"]
+    return flop / strongest(case, (label,)) / 1e9
+
+
+def log_tokens(ax, tokens):
+    ax.set_xscale("log", base=2)
+    shown = [f"{n // 1024}k" if n >= 1024 else str(n) for n in tokens]
+    ax.set_xticks(tokens, shown)
+    ax.minorticks_off()
+    ax.set_xlabel("sequence length N")

@@ -1,0 +1,292 @@
+"""`rcm_attention` and plain `attention`: one kernel forward, three launches backward."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rcmlib import core as ops
+from rcmlib.core.checks import (
+    autocast,
+    check_contiguous_rows,
+    check_like,
+    check_residual,
+    check_tensor,
+    coefficients,
+    constant,
+    dims,
+    launch,
+)
+from rcmlib.core.gradients import (
+    coefficient_grad,
+    dense_rows,
+    once_differentiable,
+    signed,
+    wanted,
+    wants_grad,
+)
+from rcmlib.core.operators import operator
+from rcmlib.core.repeats import Repeats, call_key, same
+
+HEAD_DIMS = range(16, 257)
+REPEATS = Repeats()  # with their scales and plans
+FLOAT32 = torch.finfo(torch.float32)
+
+
+def rcm_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    c_skip: float | Tensor,
+    c_out: float | Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """c_skip·x + c_out·merge_heads(softmax(q kᵀ·scale) v), in one kernel.
+
+    q: [B, H, Nq, D]; k, v: [B, H, Nkv, D], D from 16 to 256, every length ≥ 1, any strides
+    with a contiguous last dimension (so the views of a packed QKV need no copy). One dtype:
+    float32 (IEEE products), float16 or bfloat16 (float32 accumulation, softmax and skip; one
+    rounding at the end). Inside torch.autocast they are cast to its dtype.
+    x and the result: [B, Nq, H·D], token layout, in q's dtype or float32.
+    c_skip, c_out: a number, or a floating tensor [B], one a sample.
+    scale: 1/√D unless given; positive. Scores (q·k times scale) up to about 1e8: beyond that
+    float32 cannot tell neighbours apart, and in float16 the weights may overflow.
+    is_causal: query i sees keys 0 … i, as in SDPA.
+
+    Where c_skip = 1 and c_out = 0 the result is x, bit for bit.
+    Differentiable in q, k, v, x, c_skip and c_out, deterministically, with O(N) memory: a call
+    that wants gradients also saves F = attention(q, k, v) in q's dtype, and one float32 a
+    query. So gradients are exact to rounding at any noise level, t = 0 included. The weights
+    are recomputed from that float32: with scores s they gain a relative error of 6e-8·|s|.
+    Time, bfloat16 on Hopper with D ≤ 128 and more than 512 keys: weights are relative to the
+    largest score among the last 32 to 95 keys (causal: along the diagonal). Where others are 80
+    or more above it, or one is NaN or +inf, that block of queries is computed twice. So leave
+    padding keys out, or in front, rather than push their scores down.
+    Second derivatives and forward mode (torch.func.jvp) raise an error.
+    Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
+    Specification: `rcmlib.reference.rcm_attention`. Equation: rCM, arXiv 2510.08431.
+    """
+    arguments = (q, k, v, x, c_skip, c_out)
+    key = call_key(arguments, scale, is_causal)
+    known = REPEATS.find(key)
+    if known is not None:
+        return _launch_attention(*arguments, is_causal, *known)
+    q, k, v = autocast(q, k, v)
+    scale = check_attention(q, k, v, scale, is_causal)
+    check_attention_residual(x, q)
+    checked = coefficients(c_skip, c_out, x)
+    out = _attend(q, k, v, x, *checked, scale, is_causal)
+    if same(c_skip, c_out, checked):
+        REPEATS.add(key, lambda: (scale, _plan(*arguments, is_causal)))
+    return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_attention`'s kernel without x.
+
+    Arguments, gradients and errors as there; the result has q's dtype. It is for layers in
+    which a projection stands between attention and skip (`rcm_projection`).
+    """
+    arguments = (q, k, v, None, None, None)
+    key = call_key((q, k, v), scale, is_causal)
+    known = REPEATS.find(key)
+    if known is not None:
+        return _launch_attention(*arguments, is_causal, *known)
+    q, k, v = autocast(q, k, v)
+    scale = check_attention(q, k, v, scale, is_causal)
+    out = _attend(q, k, v, None, None, None, scale, is_causal)
+    REPEATS.add(key, lambda: (scale, _plan(*arguments, is_causal)))
+    return out
+
+
+def _attend(q, k, v, x, c_skip, c_out, scale: float, is_causal: bool) -> Tensor:
+    arguments = (q, k, v, x, c_skip, c_out, scale, is_causal)
+    if wants_grad(*arguments[:6]):
+        return _Attention.apply(*arguments)[0]
+    return torch.ops.rcmlib.attention(*arguments)
+
+
+def check_attention(q, k, v, scale, is_causal) -> float:
+    """Checks all but x and the coefficients; returns the scale."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, t, rank=4)
+        check_like(name, t, "q", q)
+    batch, heads, _, head_dim = q.shape
+    kv_shape = (batch, heads, k.shape[2], head_dim)
+    if k.shape != kv_shape:
+        raise ValueError(
+            f"k must be [B, H, Nkv, D] with q's B, H, D {dims(q)}, got {dims(k)}"
+        )
+    if v.shape != kv_shape:
+        raise ValueError(f"v must have k's shape {dims(k)}, got {dims(v)}")
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[-1]:  # `in` breaks on a SymInt
+        raise ValueError(
+            f"q must have a head dimension of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {head_dim}"
+        )
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_contiguous_rows(name, t)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not (FLOAT32.tiny < scale < FLOAT32.max / 2):
+        raise ValueError(f"scale must be positive and finite in float32, got {scale}")
+    return float(scale)
+
+
+def check_attention_residual(x, q) -> None:
+    """x must fit the result of attention on a checked q."""
+    check_tensor("x", x, rank=3)
+    check_residual("x", x, "q", q)
+    batch, heads, q_len, head_dim = q.shape
+    if x.shape != (batch, q_len, heads * head_dim):
+        raise ValueError(
+            f"x must be [B, Nq, H*D] = [{batch}, {q_len}, {heads * head_dim}], got {dims(x)}"
+        )
+    check_contiguous_rows("x", x)
+
+
+# ---- the registered operators: torch.compile and opcheck see these ----
+
+
+@operator
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
+    c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
+) -> Tensor:  # fmt: skip
+    ops.check_device("q", q.device)
+    return _launch_attention(q, k, v, x, c_skip, c_out, is_causal, scale)
+
+
+def _launch_attention(q, k, v, x, c_skip, c_out, is_causal, scale, plan=None) -> Tensor:
+    dtype = q.dtype if x is None else x.dtype
+    return launch(
+        ops.attention.attention_forward, [dtype],
+        q, k, v, x, c_skip, c_out, scale, is_causal, False, plan,
+    )[0]  # fmt: skip
+
+
+def _plan(q, k, v, x, c_skip, c_out, is_causal):
+    """What the launch of these arguments went by."""
+    return ops.attention.attention_plan(q, k, v, x, c_skip, c_out, is_causal, False)
+
+
+@torch.library.register_fake("rcmlib::attention")
+def _(q, k, v, x, c_skip, c_out, scale, is_causal):
+    batch, heads, q_len, head_dim = q.shape
+    like = q if x is None else x
+    return like.new_empty(batch, q_len, heads * head_dim)
+
+
+@operator
+def _attention_saving(
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
+    c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, f, lse). Without x, out is f, and the second result is empty."""
+    ops.check_device("q", q.device)
+    dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
+    return launch(
+        ops.attention.attention_forward, dtypes,
+        q, k, v, x, c_skip, c_out, scale, is_causal, True,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("rcmlib::attention_saving")
+def _(q, k, v, x, c_skip, c_out, scale, is_causal):
+    batch, heads, q_len, head_dim = q.shape
+    tokens = (batch, q_len, heads * head_dim)
+    lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
+    if x is None:
+        return q.new_empty(tokens), q.new_empty(0), lse
+    return x.new_empty(tokens), q.new_empty(tokens), lse
+
+
+@operator
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+    c_out: Tensor, scale: float, is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return launch(
+        ops.attention_backward.attention_backward, [q.dtype] * 3,
+        grad, q, k, v, lse, delta, c_out, scale, is_causal,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("rcmlib::attention_backward")
+def _(grad, q, k, v, lse, delta, c_out, scale, is_causal):
+    def result(t):
+        batch, heads, n, head_dim = t.shape
+        return t.new_empty(batch, n, heads, head_dim).transpose(1, 2)
+
+    return result(q), result(k), result(v)
+
+
+class _Attention(torch.autograd.Function):
+    """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
+
+    @staticmethod
+    @signed
+    def forward(q, k, v, x, c_skip, c_out, scale, is_causal):
+        return torch.ops.rcmlib.attention_saving(
+            q, k, v, x, c_skip, c_out, scale, is_causal
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, x, c_skip, c_out, ctx.scale, ctx.is_causal = inputs
+        out, f, lse = output
+        ctx.mark_non_differentiable(f, lse)
+        ctx.set_materialize_grads(False)  # f and lse get none: no zeros for them
+        ctx.residual = None if x is None else x.dtype
+        x_needed = ctx.needs_input_grad[4]  # by the gradient of its coefficient
+        ctx.save_for_backward(
+            q,
+            k,
+            v,
+            x if x_needed else None,
+            c_skip,
+            c_out,
+            out if x is None else f,
+            lse,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _f, _lse):
+        if grad is None:  # what came after passed none on
+            return (None,) * 8
+        q, k, v, x, c_skip, c_out, f, lse = ctx.saved_tensors
+        dx_wanted, *c_wanted = ctx.needs_input_grad[3:6]
+        grad = dense_rows(grad)
+        one = constant(1.0)
+        c_skip, c_out = (one if c is None else c for c in (c_skip, c_out))
+        # One pass over g: dx, the sums g·x, and δ, one number a row and head.
+        dx, _, x_dots, delta = torch.ops.rcmlib.skip_backward(
+            grad, x, f, c_skip, c_out, q.shape[-1],
+            ctx.residual if dx_wanted else None, None,
+        )  # fmt: skip
+        dq = dk = dv = None
+        if any(ctx.needs_input_grad[:3]):
+            dq, dk, dv = torch.ops.rcmlib.attention_backward(
+                grad.to(q.dtype), q, k, v, lse, delta, c_out, ctx.scale, ctx.is_causal
+            )
+        return (
+            *wanted((dq, dk, dv, dx), ctx.needs_input_grad),
+            coefficient_grad(x_dots, c_skip) if c_wanted[0] else None,
+            coefficient_grad(delta, c_out) if c_wanted[1] else None,
+            None,
+            None,
+        )

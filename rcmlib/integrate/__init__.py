@@ -1,0 +1,222 @@
+"""Switches a model's attention and its residual to the fused kernels, in place, and back.
+
+    report = fuse(model)      # what was replaced, and why the rest was left
+    unfuse(model)             # the original again
+
+A module is replaced by giving it another class: one that keeps every parameter, buffer, hook
+and name, and differs in `forward` only. So the state_dict, optimisers that hold the
+parameters, copies, pickles and torch.compile go on working, and undoing is exact.
+
+What is left alone is left for a reason, which the report states: the fused forward must
+compute the same function, and run whatever hooks and adapters the original runs.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from rcmlib.attention import HEAD_DIMS
+from rcmlib.core.checks import DTYPES
+from rcmlib.modules import (
+    BaselineRCMAttention,
+    FusedRCMAttention,
+    TritonFusedRCMAttention,
+)
+from rcmlib.wan import FusedWanBlock, WanBlock, WanSelfAttention
+
+
+class Row(NamedTuple):
+    """One module: its name in the model, its class, and the class it got or None, with why."""
+
+    name: str
+    kind: str
+    became: str | None
+    why: str
+
+    @property
+    def outcome(self) -> str:
+        return f"now {self.became}" if self.became else f"left: {self.why}"
+
+
+class Report(NamedTuple):
+    """What `fuse` or `unfuse` did: a row a module that they know or that looks like attention.
+
+    str(report) is a table of them.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def replaced(self) -> tuple[Row, ...]:
+        """The rows of the modules that changed."""
+        return tuple(row for row in self.rows if row.became)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """The rows of the modules that did not; `why` says the reason."""
+        return tuple(row for row in self.rows if not row.became)
+
+    def __str__(self) -> str:
+        head = f"{len(self.replaced)} replaced, {len(self.left)} left"
+        cells = [
+            (row.name or "(the model)", row.kind, row.outcome) for row in self.rows
+        ]
+        if not cells:
+            return head
+        name, kind = (max(len(row[i]) for row in cells) for i in range(2))
+        lines = (f"{a:{name}}  {b:{kind}}  {c}" for a, b, c in cells)
+        return "\n".join([head, *lines])
+
+
+def fuse(model: nn.Module) -> Report:
+    """Replaces, in place, every module of the tree (model included) that has a fused form.
+
+    BaselineRCMAttention and FusedRCMAttention compute like TritonFusedRCMAttention;
+    WanBlock computes its attention like them, with the gated residual in the epilogue of o.
+    Outputs and gradients change by rounding only. Modules already fused stay.
+    Nothing is launched or moved; the kernels' own conditions (Triton, a device, a dtype)
+    are checked when the model is called. TypeError if model is no torch.nn.Module.
+    """
+    _check(model)
+    rows, inside = [], set()
+    for name, module in list(model.named_modules()):
+        known = _known(module)
+        if known is not None:
+            inside |= {id(part) for _, part in _parts(module, known)}
+        elif id(module) in inside or not _looks_like_attention(module):
+            continue
+        kind = type(module).__name__
+        why = _why_not(module, known)
+        if why:
+            rows.append(Row(name, kind, None, why))
+        else:
+            module.__class__ = RECIPES[known].fused
+            rows.append(Row(name, kind, type(module).__name__, ""))
+    return Report(tuple(rows))
+
+
+def unfuse(model: nn.Module) -> Report:
+    """Undoes `fuse`, in place: every module of the tree that it replaced gets its class back.
+
+    What was built as a TritonFusedRCMAttention, or wrapped in a subclass since, is left.
+    TypeError if model is no torch.nn.Module.
+    """
+    _check(model)
+    origin = {recipe.fused: known for known, recipe in RECIPES.items()}
+    rows = []
+    for name, module in list(model.named_modules()):
+        kind = type(module).__name__
+        if type(module) in origin:
+            module.__class__ = origin[type(module)]
+            rows.append(Row(name, kind, type(module).__name__, ""))
+        elif isinstance(module, FUSED):
+            rows.append(Row(name, kind, None, "it was not made by fuse"))
+    return Report(tuple(rows))
+
+
+# ---- what can be replaced, by what ----
+
+
+class TritonFromBaseline(TritonFusedRCMAttention, BaselineRCMAttention):
+    """A BaselineRCMAttention that computes with the kernels."""
+
+
+class TritonFromFused(TritonFusedRCMAttention, FusedRCMAttention):
+    """A FusedRCMAttention that computes with the kernels."""
+
+
+class _Recipe(NamedTuple):
+    fused: type[nn.Module]
+    # The parts whose weights the kernels read without calling the part, and the class that
+    # each must have exactly: a subclass or a stand-in (LoRA, quantised) computes more.
+    bypassed: dict[str, type[nn.Module]]
+    # The attention's output projection, which tells the head dimension.
+    projection: str
+
+
+RECIPES = {
+    BaselineRCMAttention: _Recipe(TritonFromBaseline, {"proj": nn.Linear}, "proj"),
+    FusedRCMAttention: _Recipe(TritonFromFused, {"proj": nn.Linear}, "proj"),
+    WanBlock: _Recipe(
+        FusedWanBlock,
+        {
+            "self_attn": WanSelfAttention,
+            "self_attn.o": nn.Linear,
+        },
+        "self_attn.o",
+    ),
+}
+FUSED = (TritonFusedRCMAttention, *(recipe.fused for recipe in RECIPES.values()))
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def _known(module: nn.Module) -> type[nn.Module] | None:
+    """The class of RECIPES that module is or inherits from."""
+    return next((known for known in RECIPES if isinstance(module, known)), None)
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name
+
+
+def _parts(module: nn.Module, known: type[nn.Module]):
+    """(name, module or None) of what a fused forward would bypass."""
+    for name in RECIPES[known].bypassed:
+        try:
+            yield name, module.get_submodule(name)
+        except AttributeError:
+            yield name, None
+
+
+def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str | None:
+    """Why this module keeps its forward; None if nothing stands against a fused one."""
+    if type(module) in FUSED:
+        return "it is fused already"
+    if type(module) is WanSelfAttention:
+        return "the residual to fuse is outside it: only a whole WanBlock is replaced"
+    if known is None:
+        return "attention of a kind that fuse does not know"
+    if type(module) is not known:
+        return f"a subclass of {known.__name__} may compute something else"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    recipe = RECIPES[known]
+    for name, part in _parts(module, known):
+        why = _why_not_bypass(name, part, recipe.bypassed[name])
+        if why:
+            return why
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in DTYPES:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            return f"{name} is {parameter.dtype}, the kernels take {allowed}"
+    owner = module.get_submodule(recipe.projection.rpartition(".")[0])
+    head_dim = module.get_submodule(recipe.projection).in_features // owner.num_heads
+    if head_dim not in HEAD_DIMS:
+        return f"head dimension {head_dim}, the kernels take {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
+    return None
+
+
+def _why_not_bypass(
+    name: str, part: nn.Module | None, expected: type[nn.Module]
+) -> str | None:
+    if type(part) is not expected:
+        came = "missing" if part is None else f"a {type(part).__name__}"
+        return f"{name} is {came}, not a plain {expected.__name__}"
+    if any(getattr(part, hooks) for hooks in HOOKS):
+        return f"a hook on {name} would no longer run"
+    if "forward" in vars(part):
+        return f"{name}.forward was replaced on the instance"
+    if expected is nn.Linear and type(part.weight) not in (nn.Parameter, Tensor):
+        return f"{name}.weight is a {type(part.weight).__name__}, not a plain tensor"
+    return None
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

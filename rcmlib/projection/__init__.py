@@ -1,0 +1,227 @@
+"""`rcm_projection` and `gated_projection`: a linear layer with the skip in its epilogue."""
+
+import torch
+from torch import Tensor
+
+from rcmlib import core as ops
+from rcmlib.core.checks import (
+    autocast,
+    check_contiguous_rows,
+    check_like,
+    check_residual,
+    check_tensor,
+    coefficients,
+    constant,
+    dims,
+    launch,
+)
+from rcmlib.core.gradients import (
+    coefficient_grad,
+    dense_rows,
+    once_differentiable,
+    signed,
+    wanted,
+    wants_grad,
+)
+from rcmlib.core.operators import operator
+from rcmlib.core.repeats import Repeats, call_key, same
+
+REPEATS = Repeats()  # with their plans
+
+
+def rcm_projection(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    c_skip: float | Tensor,
+    c_out: float | Tensor,
+) -> Tensor:
+    """c_skip·x + c_out·(a Wᵀ + bias), in one kernel.
+
+    a: [B, N, K]; weight: [C, K], as nn.Linear keeps it; bias: [C] or None; every size ≥ 1, any
+    strides with a contiguous last dimension. One dtype: float32 (IEEE products), float16 or
+    bfloat16 (float32 accumulation and skip; one rounding at the end). Inside torch.autocast
+    they are cast to its dtype.
+    x and the result: [B, N, C], in a's dtype or float32.
+    c_skip, c_out: a number, or a floating tensor [B], one a sample.
+
+    Where c_skip = 1 and c_out = 0 the result is x, bit for bit.
+    Differentiable in all six, deterministically. A call that wants the gradient of c_out also
+    saves F = a Wᵀ + bias in a's dtype, so that it is right at any noise level, t = 0 included.
+    The matrix products of the backward pass are PyTorch's. Second derivatives and forward
+    mode (torch.func.jvp) raise an error.
+    Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
+    Specification: `rcmlib.reference.rcm_projection`. Equation: rCM, arXiv 2510.08431.
+    """
+    arguments = (a, weight, bias, x, c_skip, c_out)
+    key = call_key(arguments)
+    plan = REPEATS.find(key)
+    if plan is not None:
+        return _launch_projection(*arguments, False, plan)[0]
+    a, weight, bias = autocast(a, weight, bias)
+    _check_projection(a, weight, bias, x)
+    checked = coefficients(c_skip, c_out, x)
+    out = _project(a, weight, bias, x, *checked)
+    if same(c_skip, c_out, checked):
+        REPEATS.add(key, lambda: ops.projection.projection_plan(*arguments, False))
+    return out
+
+
+def gated_projection(
+    a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, gate: Tensor
+) -> Tensor:
+    """x + gate·(a Wᵀ + bias), in one kernel: the gated residual of a DiT or Wan block.
+
+    gate: [B, C], one for all tokens of a sample, or [B, N, C]; in a's dtype or float32, with
+    a contiguous last dimension. It is not cast by torch.autocast.
+    The other arguments, gradients and errors as `rcm_projection`'s; where the gate is 0, the
+    result is x, bit for bit. A call that wants the gate's gradient saves F.
+    Specification: `rcmlib.reference.gated_projection`.
+    """
+    key = call_key((a, weight, bias, x, gate))
+    arguments = (a, weight, bias, x, 1.0, gate, False)
+    plan = REPEATS.find(key)
+    if plan is not None:
+        return _launch_projection(*arguments, plan)[0]
+    a, weight, bias = autocast(a, weight, bias)
+    _check_projection(a, weight, bias, x)
+    check_tensor("gate", gate, rank=None)
+    check_residual("gate", gate, "a", a)
+    batch, tokens, cols = x.shape
+    if gate.shape not in ((batch, cols), (batch, tokens, cols)):
+        raise ValueError(
+            f"gate must be [B, C] = [{batch}, {cols}] or [B, N, C] = {dims(x)}, "
+            f"got {dims(gate)}"
+        )
+    check_contiguous_rows("gate", gate)
+    out = _project(a, weight, bias, x, constant(1.0), gate)
+    REPEATS.add(key, lambda: ops.projection.projection_plan(*arguments))
+    return out
+
+
+def _project(a, weight, bias, x, c_skip, c_out) -> Tensor:
+    arguments = (a, weight, bias, x, c_skip, c_out, wants_grad(c_out))
+    if wants_grad(*arguments[:6]):
+        return _Projection.apply(*arguments)[0]
+    return torch.ops.rcmlib.projection(*arguments)[0]
+
+
+def _check_projection(a, weight, bias, x) -> None:
+    check_tensor("a", a, rank=3)
+    check_tensor("weight", weight, rank=2)
+    check_like("weight", weight, "a", a)
+    if weight.shape[1] != a.shape[2]:
+        raise ValueError(
+            f"weight must be [C, K] with a's K = {a.shape[2]}, got {dims(weight)}"
+        )
+    cols = weight.shape[0]
+    if bias is not None:
+        check_tensor("bias", bias, rank=1)
+        check_like("bias", bias, "a", a)
+        if bias.shape != (cols,):
+            raise ValueError(f"bias must be None or [C] = [{cols}], got {dims(bias)}")
+    check_tensor("x", x, rank=3)
+    check_residual("x", x, "a", a)
+    if x.shape != (*a.shape[:2], cols):
+        batch, tokens, _ = a.shape
+        raise ValueError(
+            f"x must be [B, N, C] = [{batch}, {tokens}, {cols}], got {dims(x)}"
+        )
+    for name, t in (("a", a), ("weight", weight), ("bias", bias), ("x", x)):
+        if t is not None:
+            check_contiguous_rows(name, t)
+
+
+# ---- the registered operators: torch.compile and opcheck see these ----
+
+
+@operator
+def _projection(
+    a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor,
+    c_skip: Tensor, c_out: Tensor, save_f: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, f); f is empty unless save_f. c_out may be a gate, beside c_skip = 1."""
+    ops.check_device("a", a.device)
+    return _launch_projection(a, weight, bias, x, c_skip, c_out, save_f)
+
+
+def _launch_projection(
+    a, weight, bias, x, c_skip, c_out, save_f, plan=None
+) -> tuple[Tensor, Tensor]:
+    return launch(
+        ops.projection.projection_forward, (x.dtype, a.dtype),
+        a, weight, bias, x, c_skip, c_out, save_f, plan,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("rcmlib::projection")
+def _(a, weight, bias, x, c_skip, c_out, save_f):
+    return x.new_empty(x.shape), a.new_empty(x.shape if save_f else (0,))
+
+
+@operator
+def _gate_backward(
+    grad: Tensor, f: Tensor | None, gate: Tensor, df_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    dtypes = (df_dtype or grad.dtype, gate.dtype)
+    return launch(ops.gate.gate_backward, dtypes, grad, f, gate, df_dtype)
+
+
+@torch.library.register_fake("rcmlib::gate_backward")
+def _(grad, f, gate, df_dtype):
+    df = grad.new_empty(grad.shape if df_dtype else (0,), dtype=df_dtype or grad.dtype)
+    return df, gate.new_empty(gate.shape if f is not None else (0,))
+
+
+class _Projection(torch.autograd.Function):
+    """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
+
+    @staticmethod
+    @signed
+    def forward(a, weight, bias, x, c_skip, c_out, save_f):
+        return torch.ops.rcmlib.projection(a, weight, bias, x, c_skip, c_out, save_f)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, weight, _, x, c_skip, c_out, _ = inputs
+        f = output[1]
+        ctx.mark_non_differentiable(f)
+        ctx.set_materialize_grads(False)  # f gets none: no zeros for it
+        ctx.dtypes = x.dtype, a.dtype
+        a_needed, weight_needed, _, _, x_needed, f_needed, _ = ctx.needs_input_grad
+        ctx.save_for_backward(  # each factor of a product for the other's gradient
+            a if weight_needed else None,
+            weight if a_needed else None,
+            x if x_needed else None,
+            f if f_needed else None,
+            c_skip,
+            c_out,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _f):
+        if grad is None:  # what came after passed none on
+            return (None,) * 7
+        a, weight, x, f, c_skip, c_out = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad = dense_rows(grad)
+        x_dtype, f_dtype = wanted(ctx.dtypes, (needed[3], any(needed[:3])))
+        if c_out.ndim < 2:
+            dx, df, x_dots, f_dots = torch.ops.rcmlib.skip_backward(
+                grad, x, f, c_skip, c_out, None, x_dtype, f_dtype
+            )
+            dc_out = coefficient_grad(f_dots, c_out) if needed[5] else None
+        else:  # a gate, beside c_skip = 1
+            dx = grad
+            df, dc_out = torch.ops.rcmlib.gate_backward(grad, f, c_out, f_dtype)
+        return (
+            df @ weight if needed[0] else None,
+            df.flatten(0, 1).mT @ a.flatten(0, 1) if needed[1] else None,
+            df.sum((0, 1)) if needed[2] else None,
+            dx if needed[3] else None,
+            coefficient_grad(x_dots, c_skip) if needed[4] else None,
+            dc_out if needed[5] else None,
+            None,
+        )

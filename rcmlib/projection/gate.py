@@ -1,0 +1,101 @@
+"""The gate of a gated residual, out = x + gate·f: how a kernel loads it, and its gradient.
+
+    df = gate·g,   dgate = g·f, summed over the tokens that share a gate     (g = ∂L/∂out)
+
+x, f, g [B, N, C]; gate [B, C], one for all tokens of a sample, or [B, N, C].
+
+HBM, backward: reads g and f, writes df (and dgate, where every token has its own).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rcmlib.core.launch import Plan, by_layout
+from rcmlib.core.layout import Layout
+
+
+@triton.jit
+def load_gate(gate, b, n, c, inside, stride_b, stride_n, PER_TOKEN: tl.constexpr):
+    """The gate of a tile in float32: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] for all tokens."""
+    row = gate + tl.cast(b, tl.int64) * stride_b + c
+    if PER_TOKEN:
+        return tl.load(row + n * stride_n, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.load(row, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
+                         stride_gb, stride_gn, stride_cb, stride_cn,
+                         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+                         PER_TOKEN: tl.constexpr):  # fmt: skip
+    """df = gate·g and dgate = g·f, each if not None. Unless the gate is PER_TOKEN, dgate is
+    summed over BLOCK_R tokens, [B, ⌈N / BLOCK_R⌉, C]. The caller adds up those."""
+    pid = tl.program_id(0)
+    col_tiles = tl.cdiv(cols, BLOCK_C)
+    row_tiles = tl.cdiv(rows, BLOCK_R)
+    tile = pid // col_tiles
+    b = tile // row_tiles
+    n = (tile % row_tiles * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    c = (pid % col_tiles * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    inside = (n < rows) & (c < cols)
+    b64, n64 = tl.cast(b, tl.int64), n.to(tl.int64)
+    g = tl.load(grad + b64 * stride_gb + n64 * stride_gn + c, mask=inside, other=0.0)
+    g = g.to(tl.float32)
+    here = (b64 * rows + n64) * cols + c
+    if df is not None:
+        scale = load_gate(gate, b, n64, c, inside if PER_TOKEN else c < cols,
+                          stride_cb, stride_cn, PER_TOKEN)  # fmt: skip
+        tl.store(df + here, (scale * g).to(df.dtype.element_ty), mask=inside)
+    if f is not None:
+        product = g * tl.load(f + here, mask=inside, other=0.0).to(tl.float32)
+        if PER_TOKEN:
+            tl.store(dgate + here, product.to(dgate.dtype.element_ty), mask=inside)
+        else:
+            sums = tl.sum(product, 0)[None, :]
+            tl.store(dgate + tl.cast(tile, tl.int64) * cols + c, sums, mask=c < cols)
+
+
+ROWS, COLS = 32, 128  # of one program's tile
+
+
+@by_layout
+def gate_backward_plan(grad, f, gate, df_dtype) -> Plan:
+    """The launch of `gate_backward_kernel` for these layouts."""
+    batch, rows, cols = grad.shape
+    return Plan(
+        gate_backward_kernel, batch * triton.cdiv(rows, ROWS) * triton.cdiv(cols, COLS),
+        rows, cols, *grad.strides[:2], *strides_of_gate(gate),
+        BLOCK_R=ROWS, BLOCK_C=COLS, PER_TOKEN=len(gate.shape) == 3,
+    )  # fmt: skip
+
+
+def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(df, dgate) from g = grad [B, N, C], f (contiguous) and the gate; empty if not asked for.
+
+    df is computed if its dtype is given, dgate, in the gate's shape and dtype, if f is.
+    """
+    batch, rows, cols = grad.shape
+    per_token = gate.ndim == 3
+
+    def result(wanted, shape, dtype):
+        shape = shape if wanted else (0,)
+        return torch.empty(shape, dtype=dtype or grad.dtype, device=grad.device)
+
+    df = result(df_dtype, grad.shape, df_dtype)
+    if per_token:
+        dgate = result(f is not None, grad.shape, gate.dtype)
+    else:
+        shape = batch, triton.cdiv(rows, ROWS), cols
+        dgate = result(f is not None, shape, torch.float32)
+    plan = gate_backward_plan(grad, f, gate, df_dtype)
+    plan.launch(grad, f, gate, df if df_dtype else None, dgate)
+    if f is not None and not per_token:
+        dgate = dgate.sum(1, dtype=torch.float64).to(gate.dtype)
+    return df, dgate
+
+
+def strides_of_gate(gate: Layout) -> tuple[int, int]:
+    """Between samples and between tokens (0 for a gate [B, C]: all tokens share it)."""
+    return gate.strides[0], gate.strides[1] if len(gate.shape) == 3 else 0

@@ -1,0 +1,161 @@
+"""`rcm_sage_attention` and plain `sage_attention`: 8-bit operands, no gradients."""
+
+import torch
+from torch import Tensor
+
+from rcmlib import core as ops
+from rcmlib.attention import check_attention, check_attention_residual
+from rcmlib.core.checks import autocast, coefficients, launch
+from rcmlib.core.gradients import wants_grad
+from rcmlib.core.operators import operator
+from rcmlib.core.repeats import Repeats, call_key, same
+
+# The number formats of p v, best first for GPUs that have FP8.
+PV = ("fp8", "fp8_fp16", "fp8_short", "fp16")
+REPEATS = Repeats()  # with their options
+
+
+def rcm_sage_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    c_skip: float | Tensor,
+    c_out: float | Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    smooth_k: bool = True,
+    smooth_q: bool = False,
+    smooth_v: bool = True,
+    pv: str | None = None,
+) -> Tensor:
+    """c_skip·x + c_out·merge_heads(softmax(q kᵀ·scale) v), with 8-bit matrix products.
+
+    Arguments, shapes, dtypes and errors as `rcm_attention`'s; x and the coefficients are not
+    quantised, and where c_skip = 1 and c_out = 0 the result is x, bit for bit.
+
+    q and k are rounded to INT8 (a scale for each query, and for each tile of keys), and v to
+    FP8 E4M3 (a scale for each channel); the softmax's weights are rounded to FP8 tile by tile.
+    smooth_k subtracts k's mean over the tokens first, which changes no weight and removes the
+    channel offsets that keys have in practice. smooth_q does so for q and corrects the scores.
+    smooth_v does so for v and adds the mean to the result.
+    pv: the number formats of the second product:
+      "fp8"       FP8 operands; a tile is summed by the tensor core, tiles in float32
+                  (SageAttention2). The default from compute capability 8.9 on.
+      "fp8_fp16"  FP8 operands, 64 keys at a time summed in float16 (SageAttention2++).
+      "fp8_short" FP8 operands, all keys summed by the tensor core (fewer bits: chapter 10).
+      "fp16"      float16 operands, float32 sums. The default on GPUs without FP8.
+
+    Quantising q, k and v is a cost like N beside the attention's N². On an H100 the whole call
+    beats bf16 from about N = 4096 on, and loses below 2048 (chapter 11): there, `rcm_attention`
+    is the better choice, or PyTorch's attention and `rcm_skip`.
+    Nothing here is differentiable: a call that wants a gradient raises RuntimeError. Train with
+    `rcm_attention`.
+    Specification: `rcmlib.reference.eight_bit.sage_attention`; arXiv 2411.10958 and 2505.21136.
+    """
+    arguments = (q, k, v, x, c_skip, c_out)
+    key = call_key(arguments, scale, is_causal, smooth_k, smooth_q, smooth_v, pv)
+    known = REPEATS.find(key)
+    if known is not None:
+        return _launch_sage(*arguments, *known)
+    _refuse_gradients(*arguments)
+    q, k, v = autocast(q, k, v)
+    scale = check_attention(q, k, v, scale, is_causal)
+    check_attention_residual(x, q)
+    checked = coefficients(c_skip, c_out, x)
+    smooth = _check_smooth(smooth_q=smooth_q, smooth_k=smooth_k, smooth_v=smooth_v)
+    options = (scale, is_causal, *smooth, _check_pv(pv, q))
+    out = torch.ops.rcmlib.sage_attention(q, k, v, x, *checked, *options)
+    if same(c_skip, c_out, checked):
+        REPEATS.add(key, lambda: options)
+    return out
+
+
+def sage_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    smooth_k: bool = True,
+    smooth_q: bool = False,
+    smooth_v: bool = True,
+    pv: str | None = None,
+) -> Tensor:
+    """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_sage_attention` without x."""
+    arguments = (q, k, v, None, None, None)
+    key = call_key((q, k, v), scale, is_causal, smooth_k, smooth_q, smooth_v, pv)
+    known = REPEATS.find(key)
+    if known is not None:
+        return _launch_sage(*arguments, *known)
+    _refuse_gradients(q, k, v)
+    q, k, v = autocast(q, k, v)
+    scale = check_attention(q, k, v, scale, is_causal)
+    smooth = _check_smooth(smooth_q=smooth_q, smooth_k=smooth_k, smooth_v=smooth_v)
+    options = (scale, is_causal, *smooth, _check_pv(pv, q))
+    out = torch.ops.rcmlib.sage_attention(q, k, v, None, None, None, *options)
+    REPEATS.add(key, lambda: options)
+    return out
+
+
+def _refuse_gradients(*arguments) -> None:
+    if wants_grad(*(a for a in arguments if isinstance(a, Tensor))):
+        raise RuntimeError(
+            "rcm_sage_attention has no gradients, and an argument requires one; call it under "
+            "torch.no_grad(), or train with rcm_attention"
+        )
+
+
+def _check_smooth(**flags) -> list[bool]:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return list(flags.values())
+
+
+def _check_pv(pv: str | None, q: Tensor) -> str:
+    """pv, or the default for q's device. ValueError where the GPU lacks the data type."""
+    fp8 = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 9)
+    if pv is None:
+        return "fp8" if fp8 else "fp16"
+    if pv not in PV:
+        raise ValueError(f"pv must be None or one of {', '.join(PV)}, got {pv!r}")
+    if not fp8 and pv != "fp16":
+        raise ValueError(
+            f'pv must be "fp16" on a GPU without FP8 (compute capability below 8.9), got {pv!r}'
+        )
+    return pv
+
+
+# ---- the registered operator: torch.compile and opcheck see this ----
+
+
+@operator
+def _sage_attention(
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
+    c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
+    smooth_q: bool, smooth_k: bool, smooth_v: bool, pv: str,
+) -> Tensor:  # fmt: skip
+    ops.check_device("q", q.device)
+    return _launch_sage(
+        q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv
+    )
+
+
+def _launch_sage(
+    q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv
+) -> Tensor:
+    dtype = q.dtype if x is None else x.dtype
+    return launch(
+        ops.sage_attention.sage_attention_forward, [dtype],
+        q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("rcmlib::sage_attention")
+def _(q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv):
+    batch, heads, q_len, head_dim = q.shape
+    like = q if x is None else x
+    return like.new_empty(batch, q_len, heads * head_dim)
