@@ -10,30 +10,20 @@ from rcmlib.measure import ledger, records, timing
 def main() -> None:
     gpu = torch.cuda.is_available()
     device, tokens = ("cuda", 2048) if gpu else ("cpu", 192)
-    where = (
-        torch.cuda.get_device_name() if gpu else "the CPU, through Triton's interpreter"
-    )
+    where = torch.cuda.get_device_name() if gpu else "the CPU, through Triton's interpreter"
     batch, heads, dim = (4, 12, 64) if gpu else (2, 2, 64)
     print(f"out = c_skip·x + c_out·attention(q, k, v) on {where}")
-    print(
-        f"B={batch} H={heads} N={tokens} D={dim}, bfloat16, one noise level a sample\n"
-    )
+    print(f"B={batch} H={heads} N={tokens} D={dim}, bfloat16, one noise level a sample\n")
 
     torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(3, batch, heads, tokens, dim, device=device).bfloat16().unbind(0)
-    )
+    q, k, v = torch.randn(3, batch, heads, tokens, dim, device=device).bfloat16().unbind(0)
     x = torch.randn(batch, tokens, heads * dim, device=device).bfloat16()
     t = torch.linspace(0, 2, batch, device=device)
     c_skip, c_out, *_ = rcmlib.edm(t)
     out = rcmlib.rcm_attention(q, k, v, x, c_skip, c_out)
 
-    error = reference.relative_l2(
-        out, reference.rcm_attention(q, k, v, x, c_skip, c_out)
-    )
-    print(
-        f"relative error against float64      {error:.2e}  (bfloat16 rounds at 2e-03)"
-    )
+    error = reference.relative_l2(out, reference.rcm_attention(q, k, v, x, c_skip, c_out))
+    print(f"relative error against float64      {error:.2e}  (bfloat16 rounds at 2e-03)")
     print(f"sample 0 has t = 0: equals x        {torch.equal(out[0], x[0])}")
 
     moved = {

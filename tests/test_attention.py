@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import rcmlib
 from rcmlib import reference
 from rcmlib.attention import forward as attention
-from rcmlib.core.launch import PLANS, layout
+from rcmlib.core.launch import PLANS, descriptors_allowed
 from tests.inputs import (
     DTYPES,
     assert_close,
@@ -117,8 +117,7 @@ def test_views_of_a_packed_qkv_are_used_in_place(offset, device):
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     wide = torch.randn(batch, tokens, 2 * num_heads * dim, device=device)
     x = wide[..., : num_heads * dim]
-    layouts = (layout(t) for t in (q, k, v))
-    assert attention.descriptors_allowed(*layouts) == (offset == 0)
+    assert descriptors_allowed(q, k, v) == (offset == 0)
     out = rcmlib.rcm_attention(q, k, v, x, 0.3, 0.8)
     assert_close(out, reference.rcm_attention(q, k, v, x, 0.3, 0.8), out)
 
@@ -193,8 +192,7 @@ def test_one_key_may_tower_over_the_others(
     q[..., 0] = 0
     q[:, 0, 70::64, 0] = dim**0.5
     inputs = (q, k, v, x, c_skip, c_out)
-    layouts = map(layout, inputs[:4])
-    plan = attention.attention_plan(*layouts, per_sample=True, is_causal=is_causal)
+    plan = attention.attention_plan(*inputs[:4], per_sample=True, is_causal=is_causal)
     out, _, lse = attention.attention_forward(*inputs, dim**-0.5, is_causal, True, plan)
     ref = reference.rcm_attention(*inputs, is_causal=is_causal)
     assert_close(out, ref, torch_attention(*inputs, is_causal=is_causal))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rcmlib
 from rcmlib.attention import attention, forward
 from rcmlib.core import checks, launch
-from rcmlib.core.launch import key_of, layout
+from rcmlib.core.launch import PLANS, key_of
 from rcmlib.sage import sage_attention
 from tests.inputs import heads
 from tests.test_bad_input import CASES, both_attentions, good
@@ -70,10 +70,10 @@ def test_a_misaligned_tensor_has_a_plan_of_its_own(device):
         out = rcmlib.rcm_attention(*inputs, *c)
         assert torch.allclose(out, expected, rtol=2e-3, atol=2e-3)
     options = ("rcm_attention", (q, k, v, x, *c)), ("rcm_attention", (*others, *c))
-    plans = [launch.known(key_of(*key, False, False)) for key in options]
+    plans = [PLANS.get(key_of(*key, False, False)) for key in options]
     assert None not in plans and plans[0] is not plans[1]
     assert not plans[1].boxes  # the copy engine cannot address these
-    assert forward.attention_plan(*map(layout, (q, k, v, x)), True, False).boxes
+    assert forward.attention_plan(q, k, v, x, True, False).boxes
 
 
 def test_what_a_launch_depends_on_tells_keys_apart():
@@ -96,11 +96,10 @@ def test_a_plan_is_made_once_for_its_key_and_the_cache_does_not_grow_for_ever(
     monkeypatch.setattr(launch, "PLANS", {})
     monkeypatch.setattr(launch, "KEPT", 2)
     first = launch.planned(("a",), object)
-    assert launch.planned(("a",), object) is first is launch.known(("a",))
-    assert launch.known(("b",)) is None and launch.known(None) is None
+    assert launch.planned(("a",), object) is first
     launch.planned(("b",), object)
     launch.planned(("c",), object)  # the others are forgotten
-    assert launch.known(("a",)) is None
+    assert set(launch.PLANS) == {("c",)}
     assert launch.planned(("a",), object) is not first
 
 

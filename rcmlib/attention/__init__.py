@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rcmlib.core import check_device, checks, gradients
-from rcmlib.core.launch import call_key, known, run_on_device
+from rcmlib.core.launch import PLANS, call_key, run_on_device
 
 HEAD_DIMS = range(16, 257)
 FLOAT32 = torch.finfo(torch.float32)
@@ -52,12 +52,7 @@ def rcm_attention(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = False
 ) -> Tensor:
     """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_attention`'s kernel without x.
 
@@ -68,7 +63,7 @@ def attention(
 
 
 def _call(kind: str, arguments: tuple, scale: float | None, is_causal: bool) -> Tensor:
-    plan = known(call_key(kind, arguments, is_causal, False))
+    plan = PLANS.get(call_key(kind, arguments, is_causal, False))
     q, k, v, x, *c = arguments
     if plan is not None:
         return _launch_attention(*arguments, check_scale(scale, q), is_causal, plan)
@@ -95,9 +90,7 @@ def check_attention(q, k, v, is_causal) -> None:
             f"k must be [B, H, Nkv, D] with q's B, H, D {checks.dims(q)}, got {checks.dims(k)}"
         )
     if v.shape != kv_shape:
-        raise ValueError(
-            f"v must have k's shape {checks.dims(k)}, got {checks.dims(v)}"
-        )
+        raise ValueError(f"v must have k's shape {checks.dims(k)}, got {checks.dims(v)}")
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[-1]:  # `in` breaks on a SymInt
         raise ValueError(
             f"q must have a head dimension of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {head_dim}"
@@ -169,16 +162,7 @@ def _attention_saving(
 
     check_device("q", q.device)
     dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
-    arguments = (
-        q,
-        k,
-        v,
-        x,
-        *checks.as_launched(c_skip, c_out),
-        scale,
-        is_causal,
-        True,
-    )
+    arguments = (q, k, v, x, *checks.as_launched(c_skip, c_out), scale, is_causal, True)
     return run_on_device(attention_forward, dtypes, *arguments)
 
 
@@ -220,9 +204,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @gradients.signed
     def forward(q, k, v, x, c_skip, c_out, scale, is_causal):
-        return torch.ops.rcmlib.attention_saving(
-            q, k, v, x, c_skip, c_out, scale, is_causal
-        )
+        return torch.ops.rcmlib.attention_saving(q, k, v, x, c_skip, c_out, scale, is_causal)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -233,14 +215,7 @@ class _Attention(torch.autograd.Function):
         ctx.residual = None if x is None else x.dtype
         x_needed = ctx.needs_input_grad[4]  # by the gradient of its coefficient
         ctx.save_for_backward(
-            q,
-            k,
-            v,
-            x if x_needed else None,
-            c_skip,
-            c_out,
-            out if x is None else f,
-            lse,
+            q, k, v, x if x_needed else None, c_skip, c_out, out if x is None else f, lse
         )
 
     @staticmethod

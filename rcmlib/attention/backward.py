@@ -93,9 +93,7 @@ def dkdv_kernel(q, k, v, g, dk, dv, lse, delta, c_out, scale, qk_scale,
     tiles = tl.cdiv(kv_len, N)
     pid = tl.program_id(0)
     at = Place(pid // tiles // heads, pid // tiles % heads, pid % tiles * N)
-    kt = load_rows(
-        Rows(k, strides[1], kv_len), at, at.row, N, HOW, True
-    )  # [N, block_d]
+    kt = load_rows(Rows(k, strides[1], kv_len), at, at.row, N, HOW, True)  # [N, block_d]
     vt = load_rows(Rows(v, strides[2], kv_len), at, at.row, N, HOW, True)
     head = (tl.cast(at.sample, tl.int64) * heads + at.head) * q_len
     saved = Saved(lse + head, delta + head)
@@ -160,15 +158,8 @@ def dq_kernel(q, k, v, g, dq, lse, delta, c_out, scale, qk_scale,
     store_rows(dq, dq_tile, c * scale, at, q_len, heads, HOW.head_dim)
 
 
-def backward_plans(
-    q: launch.Layout,
-    k: launch.Layout,
-    v: launch.Layout,
-    g: launch.Layout,
-    per_sample: bool,
-    is_causal: bool,
-) -> tuple[launch.Plan, launch.Plan]:
-    """The launches of the two kernels for these layouts. g: as [B, H, Nq, D]."""
+def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launch.Plan, ...]:
+    """The launches of the two kernels for tensors like these. g: as [B, H, Nq, D]."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
@@ -184,13 +175,11 @@ def backward_plans(
         )  # fmt: skip
         return launch.Plan(
             kernel, batch * heads * programs,
-            heads, q_len, kv_len, tuple(t.strides[:3] for t in sources), HOW=how,
+            heads, q_len, kv_len, tuple(t.stride()[:3] for t in sources), HOW=how,
             boxes=launch.boxes_of_rows(sources, (m, n, n, m), block_d) if tma else (),
         )  # fmt: skip
 
-    for_keys, for_queries = choose_backward_tiles(
-        head_dim, q.dtype, capability, tma, is_causal
-    )
+    for_keys, for_queries = choose_backward_tiles(head_dim, q.dtype, capability, tma, is_causal)
     key_tiles = triton.cdiv(kv_len, for_keys.block_n)
     query_tiles = triton.cdiv(q_len, for_queries.block_m)
     ragged = kv_len % for_queries.block_n != 0
@@ -212,16 +201,14 @@ def backward_launches(
         for n in (q_len, kv_len, kv_len)
     )
     key = launch.key_of("attention_backward", (*sources, lse, delta, c_out), is_causal)
-    layouts, per_sample = map(launch.layout, sources), isinstance(c_out, torch.Tensor)
-    for_keys, for_queries = launch.planned(
-        key, lambda: backward_plans(*layouts, per_sample, is_causal)
-    )
+    per_sample = isinstance(c_out, torch.Tensor)
+    plans = launch.planned(key, lambda: backward_plans(*sources, per_sample, is_causal))
 
     def run(plan, *results):
         plan.launch(*sources, *results, lse, delta, c_out, scale, scale * LOG2_E)
 
-    dkdv = functools.partial(run, for_keys, dk, dv)
-    return (dq, dk, dv), (dkdv, functools.partial(run, for_queries, dq))
+    dkdv = functools.partial(run, plans[0], dk, dv)
+    return (dq, dk, dv), (dkdv, functools.partial(run, plans[1], dq))
 
 
 def attention_backward(
@@ -231,9 +218,7 @@ def attention_backward(
 
     c_out: a float or [B].
     """
-    results, launches = backward_launches(
-        g, q, k, v, lse, delta, c_out, scale, is_causal
-    )
+    results, launches = backward_launches(g, q, k, v, lse, delta, c_out, scale, is_causal)
     for run in launches:
         run()
     return tuple(t.transpose(1, 2) for t in results)

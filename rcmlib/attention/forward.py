@@ -17,13 +17,7 @@ import triton
 import triton.language as tl
 
 from rcmlib.attention.tiles import LOG2_E, SHORT, choose_tile, few_rows
-from rcmlib.core import (
-    copy_engine,
-    device_capability,
-    dot_precision,
-    interpreting,
-    launch,
-)
+from rcmlib.core import copy_engine, device_capability, dot_precision, interpreting, launch
 from rcmlib.core.epilogue import load_coefficient, skip_epilogue
 from rcmlib.core.rows import Place, Rows, key_range, load_rows, mask_scores, own_rows
 
@@ -36,9 +30,7 @@ class Sums(NamedTuple):
 
     acc: tl.tensor  # [M, block_d]: v, weighted by p = exp2(score − m)
     m: tl.tensor  # [M]: the largest score, in units of log2
-    l: (
-        tl.tensor
-    )  # [M, 8]: the weights' sum, in eight parts; on Hopper each one thread's own
+    l: tl.tensor  # [M, 8]: the weights' sum, in eight parts; on Hopper each one thread's own
 
 
 class Results(NamedTuple):
@@ -101,9 +93,7 @@ def attend(upper, lower, qt, qt_lower, keys, values, at, start, stop, qk_scale,
         vt = load_rows(values, at, j, N, HOW, MASK)  # [N, block_d]
         acc = tl.dot(p.to(vt.dtype), vt, upper.acc, input_precision=PRECISION)
         upper = Sums(acc, upper.m, upper.l)
-        if (
-            HOW.two
-        ):  # while the tensor core does that product, the other block's softmax
+        if HOW.two:  # while the tensor core does that product, the other block's softmax
             p, lower = softmax_step(s_lower, lower, qk_scale, j, at.row + M, keys.length,
                                     HOW, MASK, FIXED)  # fmt: skip
             acc = tl.dot(p.to(vt.dtype), vt, lower.acc, input_precision=PRECISION)
@@ -161,9 +151,7 @@ def merge(f, channel, xt, to, at, HOW: tl.constexpr):
 
 
 @triton.jit
-def load_residual(
-    to, at, channel, M: tl.constexpr, COLS: tl.constexpr, HOW: tl.constexpr
-):
+def load_residual(to, at, channel, M: tl.constexpr, COLS: tl.constexpr, HOW: tl.constexpr):
     """x's channels of a head from `channel` on, [M, COLS]."""
     D: tl.constexpr = HOW.head_dim
     rows = at.row + tl.arange(0, M)[:, None]
@@ -171,9 +159,7 @@ def load_residual(
     stride_b, stride_n = to.x_strides
     tile = to.x + tl.cast(at.sample, tl.int64) * stride_b + rows.to(tl.int64) * stride_n
     tile = tile + at.head * D + d
-    return tl.load(
-        tile, mask=(rows < to.q_len) & (d < D), eviction_policy="evict_first"
-    )
+    return tl.load(tile, mask=(rows < to.q_len) & (d < D), eviction_policy="evict_first")
 
 
 @triton.jit
@@ -227,20 +213,16 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
 
 
 def attention_plan(
-    q: launch.Layout, k: launch.Layout, v: launch.Layout, x: launch.Layout | None, per_sample: bool, is_causal: bool,
-    tile: launch.Tile | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor | None,
+    per_sample: bool, is_causal: bool, tile: launch.Tile | None = None,
 ) -> launch.Plan:  # fmt: skip
-    """The launch of `attention_kernel` for these layouts, with this tile or the one chosen."""
+    """The launch of `attention_kernel` for tensors like these, with this tile or its own."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
     capability = device_capability(q.device)
     few = few_rows(batch * heads * triton.cdiv(q_len, 128), q.device)
-    tma = (
-        copy_engine(q.dtype, capability)
-        and not few
-        and launch.descriptors_allowed(q, k, v)
-    )
+    tma = copy_engine(q.dtype, capability) and not few and launch.descriptors_allowed(q, k, v)
     if tile is None:
         # Along the diagonal, one of two blocks would wait for the other.
         pairs, long = not (few or is_causal), kv_len > SHORT
@@ -252,7 +234,8 @@ def attention_plan(
         **vars(tile), head_dim=head_dim, block_d=block_d, tma=tma, causal=is_causal,
         ragged=kv_len % n != 0, per_sample=per_sample, precision=dot_precision(q.dtype),
     )  # fmt: skip
-    strides = (*(t.strides[:3] for t in (q, k, v)), x.strides[:2] if x else (0, 0))
+    x_strides = (0, 0) if x is None else x.stride()[:2]
+    strides = (*(t.stride()[:3] for t in (q, k, v)), x_strides)
     return launch.Plan(
         attention_kernel, batch * heads * triton.cdiv(q_len, m << tile.two),
         heads, q_len, kv_len, strides, HOW=how,
@@ -261,16 +244,7 @@ def attention_plan(
 
 
 def attention_forward(
-    q,
-    k,
-    v,
-    x,
-    c_skip,
-    c_out,
-    scale,
-    is_causal,
-    save=False,
-    plan: launch.Plan | None = None,
+    q, k, v, x, c_skip, c_out, scale, is_causal, save=False, plan: launch.Plan | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Launches `attention_kernel` on checked inputs (see `rcmlib.rcm_attention`).
 
@@ -291,10 +265,7 @@ def attention_forward(
         kind = "attention" if x is None else "rcm_attention"
         key = launch.key_of(kind, (q, k, v, x, c_skip, c_out), is_causal, save)
         per_sample = isinstance(c_skip, torch.Tensor)
-        layouts = map(launch.layout, (q, k, v, x))
-        plan = launch.planned(
-            key, lambda: attention_plan(*layouts, per_sample, is_causal)
-        )
+        plan = launch.planned(key, lambda: attention_plan(q, k, v, x, per_sample, is_causal))
     f_out = None if x is None else f
     plan.launch(q, k, v, x, out, f_out, lse, c_skip, c_out, scale * LOG2_E)
     return (out, f, lse) if save else (out,)

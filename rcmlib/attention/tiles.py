@@ -76,11 +76,7 @@ def few_rows(blocks: int, device: torch.device) -> bool:
 
 
 def choose_backward_tiles(
-    head_dim: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    tma: bool,
-    is_causal: bool,
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], tma: bool, is_causal: bool
 ) -> tuple[Tile, Tile]:
     """(`dkdv_kernel`'s tile, `dq_kernel`'s), both without a register spilled anywhere.
 

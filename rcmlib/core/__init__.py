@@ -63,10 +63,7 @@ def check_device(name: str, device: torch.device) -> None:
 
 # ---- what a GPU offers the kernels, by its compute capability ----
 
-assumed_capability = (
-    9,
-    0,
-)  # of what is no GPU: the interpreter follows an H100's paths
+assumed_capability = (9, 0)  # of what is no GPU: the interpreter follows an H100's paths
 
 
 def device_capability(device: torch.device) -> tuple[int, int]:

@@ -22,9 +22,7 @@ def tensor(name: str, t: Tensor, rank: int | None) -> None:
 def like(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
     """t must share first's dtype and device."""
     if t.dtype != first.dtype:
-        raise TypeError(
-            f"{name} must have {first_name}'s dtype {first.dtype}, got {t.dtype}"
-        )
+        raise TypeError(f"{name} must have {first_name}'s dtype {first.dtype}, got {t.dtype}")
     _same_device(name, t, first_name, first)
 
 
@@ -86,13 +84,9 @@ def _coefficient(name: str, c, x: Tensor) -> Tensor:
     if not c.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {c.dtype}")
     if c.ndim != 0 and (c.ndim != 1 or c.shape[0] != x.shape[0]):
-        raise ValueError(
-            f"{name} must be a number or of shape [{x.shape[0]}], got {dims(c)}"
-        )
+        raise ValueError(f"{name} must be a number or of shape [{x.shape[0]}], got {dims(c)}")
     if c.ndim == 1 and c.device != x.device:
-        raise ValueError(
-            f"{name} must be on the inputs' device {x.device}, got {c.device}"
-        )
+        raise ValueError(f"{name} must be on the inputs' device {x.device}, got {c.device}")
     return c
 
 
@@ -116,8 +110,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t
-        for t in tensors
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in tensors
     )
 
 

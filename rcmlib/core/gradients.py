@@ -17,16 +17,13 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
-    )
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def wanted(values: Sequence, needs_input_grad: Sequence[bool]) -> tuple:
     """The values whose input wants a gradient, None for the others."""
     return tuple(
-        v if needed else None
-        for v, needed in zip(values, needs_input_grad, strict=False)
+        v if needed else None for v, needed in zip(values, needs_input_grad, strict=False)
     )
 
 

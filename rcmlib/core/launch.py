@@ -33,34 +33,6 @@ KEPT = 8192  # plans, then the cache starts anew
 PLANS: dict[tuple, object] = {}
 
 
-class Layout(NamedTuple):
-    """All of a tensor but its numbers, and where they are."""
-
-    dtype: torch.dtype
-    device: torch.device
-    shape: torch.Size
-    strides: tuple[int, ...]
-    aligned: bool  # to 16 bytes: Triton compiles for that, and the copy engine needs it
-
-    def is_contiguous(self) -> bool:
-        stride = 1
-        for size, actual in zip(self.shape[::-1], self.strides[::-1], strict=True):
-            if size > 1 and actual != stride:
-                return False
-            stride *= size
-        return True
-
-
-def layout(t: Tensor | None) -> Layout | None:
-    """RuntimeError for a tensor that has no strides, or no memory of its own."""
-    return None if t is None else Layout._make(_fields(t))
-
-
-def _fields(t: Tensor) -> tuple:
-    """`Layout`'s, without the time that it takes to make one."""
-    return (t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16 == 0)
-
-
 def key_of(kind: str, arguments: tuple, *options) -> tuple:
     """Equal for calls of one kind with arguments of the same layouts and equal options.
 
@@ -71,7 +43,8 @@ def key_of(kind: str, arguments: tuple, *options) -> tuple:
     key = [kind]
     for a in arguments:
         if isinstance(a, Tensor):
-            key += _fields(a)
+            # Triton compiles for addresses in multiples of 16 bytes, or for any.
+            key += (a.dtype, a.device, a.shape, a.stride(), a.data_ptr() % 16 == 0)
         else:
             key.append(type(a))
     return (*key, *map(type, options), *options)
@@ -108,13 +81,8 @@ def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
         return None
 
 
-def known(key: tuple | None):
-    """The plan under this key, None if there is none."""
-    return None if key is None else PLANS.get(key)
-
-
 def planned(key: tuple, make: Callable[[], object]):
-    """The plan under this key; `make` is called if there is none."""
+    """The plan under this key; `make` is called if there is none. It keeps no tensor."""
     plan = PLANS.get(key)
     if plan is None:
         if len(PLANS) >= KEPT:
@@ -169,9 +137,7 @@ class Plan:
     `triton.knobs` come too late. Interpreted kernels are launched by Triton every time.
     """
 
-    def __init__(
-        self, kernel, programs: int, *numbers, boxes: Sequence[Box] = (), **constants
-    ):
+    def __init__(self, kernel, programs: int, *numbers, boxes: Sequence[Box] = (), **constants):
         self.kernel = kernel
         self.grid = (programs, 1, 1)
         self.numbers = numbers
@@ -217,23 +183,23 @@ def _descriptor_class() -> type:
     return Descriptor
 
 
-def descriptors_allowed(*layouts: Layout) -> bool:
+def descriptors_allowed(*tensors: Tensor) -> bool:
     """Can the copy engine address these? Base and strides in multiples of 16 bytes."""
     return all(
-        t.aligned
+        t.data_ptr() % 16 == 0
         and all(
-            stride > 0 and stride * t.dtype.itemsize % 16 == 0
-            for stride, size in zip(t.strides[:-1], t.shape[:-1], strict=True)
+            stride > 0 and stride * t.itemsize % 16 == 0
+            for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True)
             if size > 1
         )
-        for t in layouts
+        for t in tensors
     )
 
 
-def box_of_rows(t: Layout, rows: int, cols: int) -> Box:
+def box_of_rows(t: Tensor, rows: int, cols: int) -> Box:
     """A tensor [B, H, N, D] as boxes of `rows` tokens of one head."""
     # The stride of a dimension of size 1 is never used, but has to look aligned.
-    strides = [s if n > 1 else 16 for s, n in zip(t.strides, t.shape, strict=True)]
+    strides = [s if n > 1 else 16 for s, n in zip(t.stride(), t.shape, strict=True)]
     return Box(list(t.shape), [*strides[:-1], 1], [1, 1, rows, cols])
 
 
@@ -241,16 +207,14 @@ def boxes_of_rows(tensors, rows, cols: int) -> tuple[Box, ...]:
     return tuple(box_of_rows(t, r, cols) for t, r in zip(tensors, rows, strict=True))
 
 
-def box_of_matrix(t: Layout, block: list[int]) -> Box:
+def box_of_matrix(t: Tensor, block: list[int]) -> Box:
     """A contiguous tensor as a matrix: all its rows below one another."""
     cols = t.shape[-1]
     return Box([math.prod(t.shape[:-1]), cols], [cols, 1], block)
 
 
 def run_on_device(
-    launcher: Callable[..., Tensor | tuple[Tensor, ...]],
-    dtypes: Sequence[torch.dtype],
-    *args,
+    launcher: Callable[..., Tensor | tuple[Tensor, ...]], dtypes: Sequence[torch.dtype], *args
 ) -> Tensor | tuple[Tensor, ...]:
     """Runs a launcher on its first argument's device. Its results have these dtypes.
 

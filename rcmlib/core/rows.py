@@ -40,9 +40,7 @@ def own_rows(heads, q_len, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    rows, at, row, COUNT: tl.constexpr, HOW: tl.constexpr, MASK: tl.constexpr
-):
+def load_rows(rows, at, row, COUNT: tl.constexpr, HOW: tl.constexpr, MASK: tl.constexpr):
     """Rows row … row + COUNT of a head as [COUNT, block_d], zeros outside the tensor.
 
     HOW: a `launch.Variant`. With HOW.tma the copy engine computes addresses and bounds. MASK says that rows may lie
@@ -56,10 +54,7 @@ def load_rows(
         r = tl.arange(0, COUNT)[:, None].to(tl.int64)
         d = tl.arange(0, BLOCK_D)[None, :]
         stride_b, stride_h, stride_n = rows.strides
-        head = (
-            tl.cast(at.sample, tl.int64) * stride_b
-            + tl.cast(at.head, tl.int64) * stride_h
-        )
+        head = tl.cast(at.sample, tl.int64) * stride_b + tl.cast(at.head, tl.int64) * stride_h
         tile = rows.source + head + tl.cast(row, tl.int64) * stride_n
         tile += r * stride_n + d
         if MASK:

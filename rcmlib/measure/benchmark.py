@@ -65,9 +65,7 @@ def benchmark_all_implementations(
         raise TypeError(f"dtype must be one of {names}, got {dtype}")
     labels = check_labels(implementations)
     if not torch.cuda.is_available():
-        raise RuntimeError(
-            "implementations are timed on a CUDA device, and there is none here"
-        )
+        raise RuntimeError("implementations are timed on a CUDA device, and there is none here")
     case = measure(f"B{B}_N{N}_C{C}_H{num_heads}", shape, labels, dtype, seed)
     print(table(case))
     return case

@@ -56,9 +56,7 @@ def compile_calls(
 
 
 def _in_another_process(share) -> list[dict[str, Compiled]]:
-    path = os.pathsep.join(
-        filter(None, sys.path)
-    )  # where this process found its modules
+    path = os.pathsep.join(filter(None, sys.path))  # where this process found its modules
     done = subprocess.run(
         [sys.executable, "-m", "rcmlib.measure.compile"],
         input=pickle.dumps(share),
@@ -66,7 +64,7 @@ def _in_another_process(share) -> list[dict[str, Compiled]]:
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
     )
     if done.returncode:
-        raise RuntimeError(f"the compilation failed:\n{done.stderr.decode()[-60000:]}")
+        raise RuntimeError(f"the compilation failed:\n{done.stderr.decode()[-4000:]}")
     return [
         {name: Compiled(*fields) for name, fields in kernels.items()}
         for kernels in pickle.loads(done.stdout)

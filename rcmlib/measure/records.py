@@ -30,18 +30,14 @@ class Records:
         """One record: name, what, provenance, method, cases. FileNotFoundError if absent."""
         path = self.folder / f"{name}.json"
         if not path.exists():
-            raise FileNotFoundError(
-                f"no record {name!r}; there are: {', '.join(self.names())}"
-            )
+            raise FileNotFoundError(f"no record {name!r}; there are: {', '.join(self.names())}")
         return json.loads(path.read_text())
 
     def case(self, name: str, case_name: str) -> dict:
         """One case of a record: its shape, and the results of its implementations."""
         cases = {c["name"]: c for c in self.record(name)["cases"]}
         if case_name not in cases:
-            raise KeyError(
-                f"record {name!r} has no case {case_name!r}: {', '.join(cases)}"
-            )
+            raise KeyError(f"record {name!r} has no case {case_name!r}: {', '.join(cases)}")
         return cases[case_name]
 
     def median_ms(self, name: str, case_name: str, implementation: str) -> float:
@@ -50,13 +46,9 @@ class Records:
 
     def ratio(self, name: str, case_name: str, slow: str, fast: str) -> float:
         """How many times faster `fast` is than `slow` (below 1: it is slower)."""
-        return self.median_ms(name, case_name, slow) / self.median_ms(
-            name, case_name, fast
-        )
+        return self.median_ms(name, case_name, slow) / self.median_ms(name, case_name, fast)
 
-    def error(
-        self, name: str, case_name: str, implementation: str, measure: str
-    ) -> float:
+    def error(self, name: str, case_name: str, implementation: str, measure: str) -> float:
         """An implementation's distance from float64: cosine, relative_l1 or relative_l2."""
         return self.case(name, case_name)["errors"][implementation][measure]
 
@@ -150,9 +142,7 @@ def provenance() -> dict:
     """The machine and the software of this process, and the commit of this clone."""
     import triton
 
-    fields = _smi(
-        "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,memory.total"
-    )
+    fields = _smi("name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,memory.total")
     device, driver, power, sm_clock, mem_clock, memory = fields
     return {
         "device": device,

@@ -205,9 +205,7 @@ def peak_bytes(fn: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def attempt(
-    action: Callable[[], Result], name: str, failed: dict[str, str]
-) -> Result | None:
+def attempt(action: Callable[[], Result], name: str, failed: dict[str, str]) -> Result | None:
     """action's result. If it raises: None, the reason in failed[name], its memory freed."""
     try:
         return action()

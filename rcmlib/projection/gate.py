@@ -40,9 +40,7 @@ def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
     c = (pid % col_tiles * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     inside = (n < rows) & (c < cols)
     b64, n64 = tl.cast(b, tl.int64), n.to(tl.int64)
-    g = tl.load(
-        grad + b64 * g_strides[0] + n64 * g_strides[1] + c, mask=inside, other=0.0
-    )
+    g = tl.load(grad + b64 * g_strides[0] + n64 * g_strides[1] + c, mask=inside, other=0.0)
     g = g.to(tl.float32)
     here = (b64 * rows + n64) * cols + c
     if df is not None:
@@ -61,13 +59,13 @@ def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
 ROWS, COLS = 32, 128  # of one program's tile
 
 
-def gate_backward_plan(grad: launch.Layout, gate: launch.Layout) -> launch.Plan:
-    """The launch of `gate_backward_kernel` for these layouts."""
+def gate_backward_plan(grad: torch.Tensor, gate: torch.Tensor) -> launch.Plan:
+    """The launch of `gate_backward_kernel` for tensors like these."""
     batch, rows, cols = grad.shape
     return launch.Plan(
         gate_backward_kernel, batch * triton.cdiv(rows, ROWS) * triton.cdiv(cols, COLS),
-        rows, cols, grad.strides[:2], gate_strides(gate),
-        BLOCK_R=ROWS, BLOCK_C=COLS, PER_TOKEN=len(gate.shape) == 3,
+        rows, cols, grad.stride()[:2], gate_strides(gate),
+        BLOCK_R=ROWS, BLOCK_C=COLS, PER_TOKEN=gate.ndim == 3,
     )  # fmt: skip
 
 
@@ -90,15 +88,13 @@ def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
         shape = batch, triton.cdiv(rows, ROWS), cols
         dgate = result(f is not None, shape, torch.float32)
     key = launch.key_of("gate_backward", (grad, f, gate), df_dtype)
-    plan = launch.planned(
-        key, lambda: gate_backward_plan(launch.layout(grad), launch.layout(gate))
-    )
+    plan = launch.planned(key, lambda: gate_backward_plan(grad, gate))
     plan.launch(grad, f, gate, df if df_dtype else None, dgate)
     if f is not None and not per_token:
         dgate = dgate.sum(1, dtype=torch.float64).to(gate.dtype)
     return df, dgate
 
 
-def gate_strides(gate: launch.Layout) -> tuple[int, int]:
+def gate_strides(gate: torch.Tensor) -> tuple[int, int]:
     """Between samples and between tokens (0 for a gate [B, C]: all tokens share it)."""
-    return gate.strides[0], gate.strides[1] if len(gate.shape) == 3 else 0
+    return gate.stride(0), gate.stride(1) if gate.ndim == 3 else 0

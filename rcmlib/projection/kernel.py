@@ -230,66 +230,38 @@ def choose_projection_tile(
         if rows * cols < 2 * 132 * 128 * 256:
             if depth < 2048:
                 parts = 2 if gated else 1  # at most 168 registers, or only two fit
-                return ProjectionTile(
-                    64, 128, 64, num_warps=4, num_stages=3, parts=parts
-                )
+                return ProjectionTile(64, 128, 64, num_warps=4, num_stages=3, parts=parts)
             return ProjectionTile(
                 128, 128, 64, num_warps=8, num_stages=4, parts=4, persistent=True
             )
-        return ProjectionTile(
-            128, 256, 64, num_warps=8, num_stages=3, parts=4, persistent=True
-        )
+        return ProjectionTile(128, 256, 64, num_warps=8, num_stages=3, parts=4, persistent=True)
     return ProjectionTile(128, 128, 32, num_warps=8, num_stages=3, parts=4)
 
 
-def projection_plan(
-    a: launch.Layout,
-    weight: launch.Layout,
-    x: launch.Layout,
-    gate: launch.Layout | None,
-    per_sample: bool,
-) -> launch.Plan:
-    """The launch of `projection_kernel` for these layouts."""
+def projection_plan(a, weight, x, gate: torch.Tensor | None, per_sample: bool) -> launch.Plan:
+    """The launch of `projection_kernel` for tensors like these."""
     batch, rows, depth = a.shape
     cols = weight.shape[0]
-    rank = len(gate.shape) if gate else int(per_sample)
+    rank = int(per_sample) if gate is None else gate.ndim
     capability = device_capability(a.device)
-    tile = choose_projection_tile(
-        batch * rows, cols, depth, rank > 1, a.dtype, capability
-    )
-    a4 = a._replace(
-        shape=(batch, 1, rows, depth), strides=(a.strides[0], 0, *a.strides[1:])
-    )
-    w4 = weight._replace(shape=(1, 1, cols, depth), strides=(0, 0, *weight.strides))
-    boxes = ()
-    tma = copy_engine(a.dtype, capability) and launch.descriptors_allowed(a4, w4)
-    if tma:
-        boxes = (
-            launch.box_of_rows(a4, tile.block_m, tile.block_k),
-            launch.box_of_rows(w4, tile.block_n, tile.block_k),
-        )
-    tiles = batch * triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
+    tile = choose_projection_tile(batch * rows, cols, depth, rank > 1, a.dtype, capability)
+    m, n, k = tile.block_m, tile.block_n, tile.block_k
+    sources = a[:, None], weight[None, None]
+    tma = copy_engine(a.dtype, capability) and launch.descriptors_allowed(*sources)
+    tiles = batch * triton.cdiv(rows, m) * triton.cdiv(cols, n)
     if tile.persistent:
         tiles = min(tiles, multiprocessors(a.device) or tiles)
     how = ProjectionVariant(
-        **vars(tile), tma=tma, ragged=depth % tile.block_k != 0, c_out_rank=rank,
+        **vars(tile), tma=tma, ragged=depth % k != 0, c_out_rank=rank,
         precision=dot_precision(a.dtype),
     )  # fmt: skip
     strides = (
-        a.strides[:2], (0, weight.strides[0]), x.strides[:2],
-        gate_strides(gate) if gate else (0, 0),
+        a.stride()[:2], (0, weight.stride(0)), x.stride()[:2],
+        (0, 0) if gate is None else gate_strides(gate),
     )  # fmt: skip
-    return launch.Plan(
-        projection_kernel,
-        tiles,
-        batch,
-        rows,
-        cols,
-        depth,
-        strides,
-        HOW=how,
-        boxes=boxes,
-    )
+    boxes = launch.boxes_of_rows(sources, (m, n), k) if tma else ()
+    sizes = (batch, rows, cols, depth)
+    return launch.Plan(projection_kernel, tiles, *sizes, strides, HOW=how, boxes=boxes)
 
 
 def projection_forward(
@@ -308,7 +280,6 @@ def projection_forward(
         gate = c_out if per_sample and c_out.ndim > 1 else None
         kind = "rcm_projection" if gate is None else "gated_projection"
         key = launch.key_of(kind, (a, weight, bias, x, c_skip, c_out), save_f)
-        layouts = map(launch.layout, (a, weight, x, gate))
-        plan = launch.planned(key, lambda: projection_plan(*layouts, per_sample))
+        plan = launch.planned(key, lambda: projection_plan(a, weight, x, gate, per_sample))
     plan.launch(a, weight, bias, x, out, f if save_f else None, c_skip, c_out)
     return out, f

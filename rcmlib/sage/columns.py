@@ -44,9 +44,7 @@ def columns_kernel(t, sums, highs, lows, heads, length, chunk, strides, D: tl.co
     low = tl.full([BLOCK_N, BLOCK_D], float("inf"), tl.float32)
     for row in tl.range(first, stop, BLOCK_N, num_stages=STAGES):
         rows = row + tl.arange(0, BLOCK_N)
-        x, inside = load_tile(
-            t, head // heads, head % heads, rows, stop, strides, D, BLOCK_D
-        )
+        x, inside = load_tile(t, head // heads, head % heads, rows, stop, strides, D, BLOCK_D)
         total += x.to(tl.float64)
         if highs is not None:
             high = tl.maximum(high, tl.where(inside, x, float("-inf")))
@@ -87,10 +85,8 @@ class ColumnStatistics(NamedTuple):
     top: torch.Tensor | None
 
 
-def columns_plans(
-    t: launch.Layout, smooth: bool
-) -> tuple[launch.Plan, launch.Plan, int]:
-    """The launches of `columns_kernel` and `combine_kernel` for a t of this layout, and the
+def columns_plans(t: torch.Tensor, smooth: bool) -> tuple[launch.Plan, launch.Plan, int]:
+    """The launches of `columns_kernel` and `combine_kernel` for a t like this, and the
     number of chunks between them."""
     batch, heads, length, dim = t.shape
     block_d = padded_dim(dim)
@@ -101,7 +97,7 @@ def columns_plans(
     chunk = triton.cdiv(triton.cdiv(length, chunks), block_n) * block_n
     chunks = triton.cdiv(length, chunk)
     parts = launch.Plan(
-        columns_kernel, batch * heads * chunks, heads, length, chunk, t.strides[:3],
+        columns_kernel, batch * heads * chunks, heads, length, chunk, t.stride()[:3],
         D=dim, BLOCK_D=block_d, BLOCK_N=block_n, STAGES=3,
     )  # fmt: skip
     cols = 16
@@ -122,9 +118,7 @@ def column_statistics(t: torch.Tensor, smooth: bool, ranged: bool) -> ColumnStat
     batch, heads, _, dim = t.shape
     block_d = padded_dim(dim)
     key = launch.key_of("columns", (t,), smooth, ranged)
-    parts, whole, chunks = launch.planned(
-        key, lambda: columns_plans(launch.layout(t), smooth)
-    )
+    parts, whole, chunks = launch.planned(key, lambda: columns_plans(t, smooth))
     sums = empty(t, (batch * heads * chunks, block_d), torch.float64)
     highs = lows = top = mean = None
     if ranged:

@@ -139,9 +139,7 @@ def weigh_products(s, qk, m, l, keys, j, first_row, HOW: tl.constexpr,
 
 
 @triton.jit
-def load_box(
-    matrix, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
-):
+def load_box(matrix, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
     """[ROWS, COLS] of a matrix, by the copy engine or by pointers."""
     if TMA:
         return matrix.source.load([row, col])
@@ -183,9 +181,7 @@ def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out
     rows = at.row + tl.arange(0, M)
     qt = load_box(Matrix(q, BLOCK_D), head * q_padded + at.row, 0, M, BLOCK_D, HOW.tma)
     # Rows of padding have scales too; they are computed and not stored.
-    row_scale = tl.load(
-        q_scale + head * (q_padded // HOW.q_group) + rows // HOW.q_group
-    )
+    row_scale = tl.load(q_scale + head * (q_padded // HOW.q_group) + rows // HOW.q_group)
     k_scale += head * (kv_padded // HOW.k_group)
     shifts = None if bias is None else bias + head * kv_padded
     values = Matrix(v, BLOCK_D if HOW.pv == "fp16" else kv_padded)
@@ -228,9 +224,7 @@ def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out
                           load_coefficient(c_skip, at.sample, HOW.per_sample),
                           load_coefficient(c_out, at.sample, HOW.per_sample))  # fmt: skip
     out += corner * heads * D + at.head * D
-    tl.store(
-        out + (r * heads * D + d[None, :]), f.to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + (r * heads * D + d[None, :]), f.to(out.dtype.element_ty), mask=inside)
 
 
 def sage_attention_forward(
@@ -256,7 +250,7 @@ def sage_attention_forward(
 def sage_plan(
     operands: Operands, x, is_causal, q_len, head_dim, kv_len, per_sample
 ) -> launch.Plan:
-    """The launch of `sage_attention_kernel` for operands and x of these layouts."""
+    """The launch of `sage_attention_kernel` for operands and x like these."""
     q, k, v, pv = operands.q, operands.k, operands.v, operands.pv
     batch, heads, q_padded, block_d = q.shape
     kv_padded = k.shape[2]
@@ -269,7 +263,7 @@ def sage_plan(
         m, n = tile.block_m, tile.block_n
         v_box = [n, block_d] if pv == "fp16" else [block_d, n]
         blocks = ([m, block_d], [n, block_d], v_box)
-        boxes = tuple(map(launch.box_of_matrix, map(launch.layout, (q, k, v)), blocks))
+        boxes = tuple(map(launch.box_of_matrix, (q, k, v), blocks))
     how = SageVariant(
         **vars(tile), head_dim=head_dim, block_d=block_d, tma=tma, causal=is_causal,
         ragged=kv_len % tile.block_n != 0, per_sample=per_sample,

@@ -71,9 +71,7 @@ def int8_kernel(t, mean, out, scales, factor, heads, length, padded, groups, str
     head = tl.program_id(0) // tiles
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)[None, :]
-    x, inside = load_tile(
-        t, head // heads, head % heads, rows, length, strides, D, BLOCK_D
-    )
+    x, inside = load_tile(t, head // heads, head % heads, rows, length, strides, D, BLOCK_D)
     if mean is not None:
         x = tl.where(inside, x - tl.load(mean + head * BLOCK_D + d), 0.0)
     # [groups, GROUP, BLOCK_D]: one maximum for the first axis.
@@ -120,14 +118,14 @@ def values_kernel(v, mean, top, out, limit, heads, length, padded, strides,
         tl.store(out + place, x.to(tl.float16))
 
 
-def int8_plan(t: launch.Layout, group: int) -> launch.Plan:
-    """The launch of `int8_kernel` for a t of this layout."""
+def int8_plan(t: torch.Tensor, group: int) -> launch.Plan:
+    """The launch of `int8_kernel` for a t like this."""
     batch, heads, length, dim = t.shape
     block_d, padded = padded_dim(dim), padded_length(length)
     block_n = max(group, min(PAD, 4096 // block_d))
     return launch.Plan(
         int8_kernel, batch * heads * padded // block_n,
-        heads, length, padded, padded // group, t.strides[:3],
+        heads, length, padded, padded // group, t.stride()[:3],
         D=dim, BLOCK_D=block_d, BLOCK_N=block_n, GROUP=group,
         enable_fp_fusion=False,  # the product is rounded before ROUNDER is added
         num_warps=max(4, block_n * block_d // 2048),  # 64 elements a thread
@@ -148,30 +146,26 @@ def quantize_int8(
     out = empty(t, (batch, heads, padded, padded_dim(dim)), torch.int8)
     scales = empty(t, (batch, heads, padded // group), torch.float32)
     key = launch.key_of("int8", (t, mean), group)
-    plan = launch.planned(key, lambda: int8_plan(launch.layout(t), group))
+    plan = launch.planned(key, lambda: int8_plan(t, group))
     plan.launch(t, mean, out, scales, factor)
     return out, scales
 
 
-def values_plan(v: launch.Layout, fp8: bool) -> launch.Plan:
-    """The launch of `values_kernel` for a v of this layout."""
+def values_plan(v: torch.Tensor, fp8: bool) -> launch.Plan:
+    """The launch of `values_kernel` for a v like this."""
     batch, heads, length, dim = v.shape
     block_d, padded = padded_dim(dim), padded_length(length)
     block_n = min(PAD, max(16, 16384 // block_d))
     return launch.Plan(
         values_kernel, batch * heads * padded // block_n,
-        heads, length, padded, v.strides[:3],
+        heads, length, padded, v.stride()[:3],
         D=dim, BLOCK_D=block_d, BLOCK_N=block_n, FP8=fp8, NATIVE=not interpreting(),
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def quantize_values(
-    v: torch.Tensor,
-    limit: float,
-    top: torch.Tensor,
-    mean: torch.Tensor | None,
-    fp8: bool,
+    v: torch.Tensor, limit: float, top: torch.Tensor, mean: torch.Tensor | None, fp8: bool
 ) -> torch.Tensor:
     """(v − mean)·limit/top: FP8 E4M3 [B, H, BLOCK_D, ⌈N⌉] in TOKEN_ORDER, or float16 as v is.
 
@@ -183,7 +177,7 @@ def quantize_values(
     dtype = torch.float8_e4m3fn if fp8 else torch.float16
     out = empty(v, (batch, heads, *shape), dtype)
     key = launch.key_of("values", (v, mean, top), fp8)
-    plan = launch.planned(key, lambda: values_plan(launch.layout(v), fp8))
+    plan = launch.planned(key, lambda: values_plan(v, fp8))
     plan.launch(v, mean, top, out, limit)
     return out
 
@@ -202,9 +196,7 @@ class Operands(NamedTuple):
     k_scale: torch.Tensor  # float32 [B, H, ⌈Nkv⌉ / k_group]
     v_top: torch.Tensor  # float32 [B, H, BLOCK_D], what v's limit stands for
     v_mean: torch.Tensor | None  # float32 [B, H, BLOCK_D]
-    bias: (
-        torch.Tensor | None
-    )  # float32 [B, H, ⌈Nkv⌉]: what smoothing q took from scores
+    bias: torch.Tensor | None  # float32 [B, H, ⌈Nkv⌉]: what smoothing q took from scores
     v_limit: float
     pv: str
 

@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 from rcmlib.core import check_device, checks, gradients
-from rcmlib.core.launch import call_key, known, run_on_device
+from rcmlib.core.launch import PLANS, call_key, run_on_device
 
 
-def rcm_skip(
-    x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor
-) -> Tensor:
+def rcm_skip(x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor) -> Tensor:
     """c_skip·x + c_out·f in one Triton launch, per sample.
 
     x, f: [B, …] of one shape and device, float32, float16 or bfloat16; f has x's dtype, or 16
@@ -21,16 +19,14 @@ def rcm_skip(
 
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     """
-    plan = known(call_key("rcm_skip", (x, f, c_skip, c_out)))
+    plan = PLANS.get(call_key("rcm_skip", (x, f, c_skip, c_out)))
     if plan is not None:
         return _launch_skip(x, f, c_skip, c_out, plan)
     for name, t in (("x", x), ("f", f)):
         checks.tensor(name, t, rank=None)
     checks.residual("x", x, "f", f)
     if f.shape != x.shape:
-        raise ValueError(
-            f"f must have x's shape {checks.dims(x)}, got {checks.dims(f)}"
-        )
+        raise ValueError(f"f must have x's shape {checks.dims(x)}, got {checks.dims(f)}")
     checked = checks.coefficients(c_skip, c_out, x)
     training = gradients.wants_grad(x, f, *checked)
     if not training and x.is_contiguous() and f.is_contiguous():  # no need of views
@@ -89,9 +85,7 @@ def _skip_backward(
 
     dtypes = (dx_dtype or grad.dtype, df_dtype or grad.dtype, *[torch.float32] * 2)
     c = checks.as_launched(c_skip, c_out)
-    return run_on_device(
-        skip_backward, dtypes, grad, x, f, *c, width, dx_dtype, df_dtype
-    )
+    return run_on_device(skip_backward, dtypes, grad, x, f, *c, width, dx_dtype, df_dtype)
 
 
 @torch.library.register_fake("rcmlib::skip_backward")
@@ -123,9 +117,7 @@ class _Skip(torch.autograd.Function):
         x, f, c_skip, c_out = inputs
         ctx.dtypes = x.dtype, f.dtype
         x_needed, f_needed = ctx.needs_input_grad[2:]  # each for its coefficient
-        ctx.save_for_backward(
-            x if x_needed else None, f if f_needed else None, c_skip, c_out
-        )
+        ctx.save_for_backward(x if x_needed else None, f if f_needed else None, c_skip, c_out)
 
     @staticmethod
     @gradients.once_differentiable
@@ -137,10 +129,6 @@ class _Skip(torch.autograd.Function):
         )  # fmt: skip
         return (
             *gradients.wanted((dx, df), ctx.needs_input_grad),
-            gradients.coefficient_grad(x_dots, c_skip)
-            if ctx.needs_input_grad[2]
-            else None,
-            gradients.coefficient_grad(f_dots, c_out)
-            if ctx.needs_input_grad[3]
-            else None,
+            gradients.coefficient_grad(x_dots, c_skip) if ctx.needs_input_grad[2] else None,
+            gradients.coefficient_grad(f_dots, c_out) if ctx.needs_input_grad[3] else None,
         )

@@ -10,8 +10,6 @@ HBM: forward reads x and f once and writes out once, backward reads g and writes
 (and reads x and f, if their coefficients want a gradient). The roofline is a copy's.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -41,9 +39,7 @@ def skip_kernel(x, f, out, c_skip, c_out, rows, cols, x_strides, f_strides,
     result = skip_epilogue(x_tile.to(tl.float32), f_tile.to(tl.float32),
                            load_coefficient(c_skip, b, PER_SAMPLE),
                            load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
-    tl.store(
-        out + (b64 * rows + r64) * cols + c, result.to(out.dtype.element_ty), inside
-    )
+    tl.store(out + (b64 * rows + r64) * cols + c, result.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -84,17 +80,15 @@ def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows
         tl.store(f_dots + dots_here, tl.sum(g * f_tile, 1), r < rows)
 
 
-def skip_plan(x: launch.Layout, f: launch.Layout, per_sample: bool) -> launch.Plan:
-    """The launch of `skip_kernel` for these layouts."""
+def skip_plan(x: torch.Tensor, f: torch.Tensor, per_sample: bool) -> launch.Plan:
+    """The launch of `skip_kernel` for tensors like these."""
     if x.is_contiguous() and f.is_contiguous():  # one row a sample: every tile is full
-        cols = math.prod(x.shape[1:])
-        flat = {"shape": (x.shape[0], 1, cols), "strides": (cols, cols, 1)}
-        x, f = x._replace(**flat), f._replace(**flat)
+        x, f = (t.view(t.shape[0], 1, -1) for t in (x, f))
     batch, rows, cols = x.shape
     block_r, block_c = block_of(rows, cols)
     return launch.Plan(
         skip_kernel, batch * triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),
-        rows, cols, x.strides[:2], f.strides[:2],
+        rows, cols, x.stride()[:2], f.stride()[:2],
         BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=per_sample,
     )  # fmt: skip
 
@@ -109,29 +103,21 @@ def skip_forward(x, f, c_skip, c_out, plan: launch.Plan | None = None) -> torch.
     if plan is None:
         per_sample = isinstance(c_skip, torch.Tensor)
         key = launch.key_of("rcm_skip", (x, f, c_skip, c_out))
-        plan = launch.planned(
-            key, lambda: skip_plan(launch.layout(x), launch.layout(f), per_sample)
-        )
+        plan = launch.planned(key, lambda: skip_plan(x, f, per_sample))
     plan.launch(x, f, out, c_skip, c_out)
     return out
 
 
-def skip_backward_plan(
-    grad: launch.Layout,
-    x: launch.Layout | None,
-    f: launch.Layout | None,
-    width: int | None,
-    per_sample: bool,
-) -> launch.Plan:
-    """The launch of `skip_backward_kernel` for these layouts."""
+def skip_backward_plan(grad, x, f, width: int | None, per_sample: bool) -> launch.Plan:
+    """The launch of `skip_backward_kernel` for tensors like these."""
     batch, rows, cols = grad.shape
     width = width or block_of(rows, cols)[1]
     block_r, block_c = block_of(rows, width)
-    x_strides, f_strides = ((0, 0) if t is None else t.strides[:2] for t in (x, f))
+    x_strides, f_strides = ((0, 0) if t is None else t.stride()[:2] for t in (x, f))
     return launch.Plan(
         skip_backward_kernel,
         batch * triton.cdiv(rows, block_r) * triton.cdiv(cols, width),
-        rows, cols, grad.strides[:2], x_strides, f_strides,
+        rows, cols, grad.stride()[:2], x_strides, f_strides,
         WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=per_sample,
     )  # fmt: skip
 
@@ -157,9 +143,8 @@ def skip_backward(
     f_dots = result(f is not None, dots, torch.float32)
     options = (width, dx_dtype, df_dtype)
     key = launch.key_of("skip_backward", (grad, x, f, c_skip, c_out), *options)
-    layouts = map(launch.layout, (grad, x, f))
     per_sample = isinstance(c_skip, torch.Tensor)
-    plan = launch.planned(key, lambda: skip_backward_plan(*layouts, width, per_sample))
+    plan = launch.planned(key, lambda: skip_backward_plan(grad, x, f, width, per_sample))
     plan.launch(
         grad, x, f, dx if dx_dtype else None, df if df_dtype else None, x_dots, f_dots,
         c_skip, c_out,
