@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rcmlib.core import check_device, checks, gradients
-from rcmlib.core.launch import PLANS, call_key, run_on_device
+from rcmlib.core.launch import call_key, known, run_on_device
 
 HEAD_DIMS = range(16, 257)
 FLOAT32 = torch.finfo(torch.float32)
@@ -63,7 +63,7 @@ def attention(
 
 
 def _call(kind: str, arguments: tuple, scale: float | None, is_causal: bool) -> Tensor:
-    plan = PLANS.get(call_key(kind, arguments, is_causal, False))
+    plan = known(call_key(kind, arguments, is_causal, False))
     q, k, v, x, *c = arguments
     if plan is not None:
         return _launch_attention(*arguments, check_scale(scale, q), is_causal, plan)

@@ -81,6 +81,11 @@ def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
         return None
 
 
+def known(key: tuple | None):
+    """The plan under this key; None if there is none, or no key: torch.compile sees no cache."""
+    return None if key is None else PLANS.get(key)
+
+
 def planned(key: tuple, make: Callable[[], object]):
     """The plan under this key; `make` is called if there is none. It keeps no tensor."""
     plan = PLANS.get(key)

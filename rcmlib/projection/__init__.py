@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rcmlib.core import check_device, checks, gradients
-from rcmlib.core.launch import PLANS, call_key, run_on_device
+from rcmlib.core.launch import call_key, known, run_on_device
 
 
 def rcm_projection(
@@ -33,7 +33,7 @@ def rcm_projection(
     Specification: `rcmlib.reference.rcm_projection`. Equation: rCM, arXiv 2510.08431.
     """
     arguments = (a, weight, bias, x, c_skip, c_out)
-    plan = PLANS.get(call_key("rcm_projection", arguments, False))
+    plan = known(call_key("rcm_projection", arguments, False))
     if plan is not None:
         return _launch_projection(*arguments, False, plan)[0]
     a, weight, bias = checks.autocast(a, weight, bias)
@@ -53,7 +53,7 @@ def gated_projection(
     Specification: `rcmlib.reference.gated_projection`.
     """
     arguments = (a, weight, bias, x, 1.0, gate)
-    plan = PLANS.get(call_key("gated_projection", arguments, False))
+    plan = known(call_key("gated_projection", arguments, False))
     if plan is not None:
         return _launch_projection(*arguments, False, plan)[0]
     a, weight, bias = checks.autocast(a, weight, bias)
