@@ -85,12 +85,9 @@ def check_attention(q, k, v, is_causal) -> None:
         checks.like(name, t, "q", q)
     batch, heads, _, head_dim = q.shape
     kv_shape = (batch, heads, k.shape[2], head_dim)
-    if k.shape != kv_shape:
-        raise ValueError(
-            f"k must be [B, H, Nkv, D] with q's B, H, D {checks.dims(q)}, got {checks.dims(k)}"
-        )
-    if v.shape != kv_shape:
-        raise ValueError(f"v must have k's shape {checks.dims(k)}, got {checks.dims(v)}")
+    what = f"be [B, H, Nkv, D] with q's B, H, D {checks.dims(q)}"
+    checks.shape("k", k, what, kv_shape)
+    checks.shape("v", v, f"have k's shape {checks.dims(k)}", kv_shape)
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[-1]:  # `in` breaks on a SymInt
         raise ValueError(
             f"q must have a head dimension of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {head_dim}"
@@ -117,10 +114,8 @@ def check_attention_residual(x, q) -> None:
     checks.tensor("x", x, rank=3)
     checks.residual("x", x, "q", q)
     batch, heads, q_len, head_dim = q.shape
-    if x.shape != (batch, q_len, heads * head_dim):
-        raise ValueError(
-            f"x must be [B, Nq, H*D] = [{batch}, {q_len}, {heads * head_dim}], got {checks.dims(x)}"
-        )
+    shape = (batch, q_len, heads * head_dim)
+    checks.shape("x", x, f"be [B, Nq, H*D] = {list(shape)}", shape)
     checks.contiguous_rows("x", x)
 
 

@@ -197,8 +197,7 @@ def backward_launches(
     kv_len = k.shape[2]
     sources = (q, k, v, g.unflatten(-1, (heads, head_dim)).transpose(1, 2))
     dq, dk, dv = (
-        torch.empty((batch, n, heads, head_dim), dtype=q.dtype, device=q.device)
-        for n in (q_len, kv_len, kv_len)
+        launch.result(q, (batch, n, heads, head_dim)) for n in (q_len, kv_len, kv_len)
     )
     key = launch.key_of("attention_backward", (*sources, lse, delta, c_out), is_causal)
     per_sample = isinstance(c_out, torch.Tensor)

@@ -254,13 +254,12 @@ def attention_forward(
     the f returned is empty.
     """
     batch, heads, q_len, head_dim = q.shape
-    device, dtype = q.device, q.dtype
     tokens = (batch, q_len, heads * head_dim)
-    out = torch.empty(tokens, dtype=dtype if x is None else x.dtype, device=device)
+    out = launch.result(q if x is None else x, tokens)
     f = lse = None
     if save:
-        lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device)
-        f = torch.empty(tokens if x is not None else (0,), dtype=dtype, device=device)
+        f = launch.result(q, tokens, wanted=x is not None)
+        lse = launch.result(q, (batch, heads, q_len), torch.float32)
     if plan is None:
         kind = "attention" if x is None else "rcm_attention"
         key = launch.key_of(kind, (q, k, v, x, c_skip, c_out), is_causal, save)

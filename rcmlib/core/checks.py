@@ -43,6 +43,12 @@ def _same_device(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
         )
 
 
+def shape(name: str, t: Tensor, what: str, *allowed: tuple) -> None:
+    """ValueError that says `what` t must be, unless it has one of these shapes."""
+    if t.shape not in allowed:
+        raise ValueError(f"{name} must {what}, got {dims(t)}")
+
+
 def contiguous_rows(name: str, t: Tensor) -> None:
     """The last dimension has to be contiguous; the others may have any strides."""
     if t.stride()[-1] != 1 and t.shape[-1] > 1:

@@ -15,7 +15,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +81,7 @@ def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
 
 
 def known(key: tuple | None):
-    """The plan under this key; None if there is none, or no key: torch.compile sees no cache."""
+    """The plan under this key, None if there is none. Without a key no cache is looked at."""
     return None if key is None else PLANS.get(key)
 
 
@@ -122,12 +121,9 @@ class Variant(Tile):
     precision: str = "tf32"  # of float32 products
 
 
-class Box(NamedTuple):
-    """How the copy engine reads a tensor of a known layout: box by box."""
-
-    shape: list[int]
-    strides: list[int]
-    block: list[int]
+Box = tuple[
+    list[int], list[int], list[int]
+]  # a tensor's shape and strides, and one copy's shape
 
 
 class Plan:
@@ -205,7 +201,7 @@ def box_of_rows(t: Tensor, rows: int, cols: int) -> Box:
     """A tensor [B, H, N, D] as boxes of `rows` tokens of one head."""
     # The stride of a dimension of size 1 is never used, but has to look aligned.
     strides = [s if n > 1 else 16 for s, n in zip(t.stride(), t.shape, strict=True)]
-    return Box(list(t.shape), [*strides[:-1], 1], [1, 1, rows, cols])
+    return list(t.shape), [*strides[:-1], 1], [1, 1, rows, cols]
 
 
 def boxes_of_rows(tensors, rows, cols: int) -> tuple[Box, ...]:
@@ -215,7 +211,12 @@ def boxes_of_rows(tensors, rows, cols: int) -> tuple[Box, ...]:
 def box_of_matrix(t: Tensor, block: list[int]) -> Box:
     """A contiguous tensor as a matrix: all its rows below one another."""
     cols = t.shape[-1]
-    return Box([math.prod(t.shape[:-1]), cols], [cols, 1], block)
+    return [math.prod(t.shape[:-1]), cols], [cols, 1], block
+
+
+def result(like: Tensor, shape, dtype: torch.dtype | None = None, wanted=True) -> Tensor:
+    """A tensor to be filled, on like's device, in its dtype unless told. Unwanted: empty."""
+    return torch.empty(shape if wanted else (0,), dtype=dtype or like.dtype, device=like.device)
 
 
 def run_on_device(

@@ -43,8 +43,8 @@ def own_rows(heads, q_len, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
 def load_rows(rows, at, row, COUNT: tl.constexpr, HOW: tl.constexpr, MASK: tl.constexpr):
     """Rows row … row + COUNT of a head as [COUNT, block_d], zeros outside the tensor.
 
-    HOW: a `launch.Variant`. With HOW.tma the copy engine computes addresses and bounds. MASK says that rows may lie
-    beyond the tensor's last.
+    HOW: a `launch.Variant`; with its tma the copy engine computes addresses and bounds.
+    MASK says that rows may lie beyond the tensor's last.
     """
     BLOCK_D: tl.constexpr = HOW.block_d
     if HOW.tma:

@@ -60,12 +60,9 @@ def gated_projection(
     _check_projection(a, weight, bias, x)
     checks.tensor("gate", gate, rank=None)
     checks.residual("gate", gate, "a", a)
-    batch, tokens, cols = x.shape
-    if gate.shape not in ((batch, cols), (batch, tokens, cols)):
-        raise ValueError(
-            f"gate must be [B, C] = [{batch}, {cols}] or [B, N, C] = {checks.dims(x)}, "
-            f"got {checks.dims(gate)}"
-        )
+    batch, _, cols = x.shape
+    what = f"be [B, C] = [{batch}, {cols}] or [B, N, C] = {checks.dims(x)}"
+    checks.shape("gate", gate, what, (batch, cols), x.shape)
     checks.contiguous_rows("gate", gate)
     return _project(a, weight, bias, x, checks.constant(1.0), gate)
 
@@ -81,23 +78,16 @@ def _check_projection(a, weight, bias, x) -> None:
     checks.tensor("a", a, rank=3)
     checks.tensor("weight", weight, rank=2)
     checks.like("weight", weight, "a", a)
-    if weight.shape[1] != a.shape[2]:
-        raise ValueError(
-            f"weight must be [C, K] with a's K = {a.shape[2]}, got {checks.dims(weight)}"
-        )
-    cols = weight.shape[0]
+    cols, depth = weight.shape[0], a.shape[2]
+    checks.shape("weight", weight, f"be [C, K] with a's K = {depth}", (cols, depth))
     if bias is not None:
         checks.tensor("bias", bias, rank=1)
         checks.like("bias", bias, "a", a)
-        if bias.shape != (cols,):
-            raise ValueError(f"bias must be None or [C] = [{cols}], got {checks.dims(bias)}")
+        checks.shape("bias", bias, f"be None or [C] = [{cols}]", (cols,))
     checks.tensor("x", x, rank=3)
     checks.residual("x", x, "a", a)
-    if x.shape != (*a.shape[:2], cols):
-        batch, tokens, _ = a.shape
-        raise ValueError(
-            f"x must be [B, N, C] = [{batch}, {tokens}, {cols}], got {checks.dims(x)}"
-        )
+    shape = (*a.shape[:2], cols)
+    checks.shape("x", x, f"be [B, N, C] = {list(shape)}", shape)
     for name, t in (("a", a), ("weight", weight), ("bias", bias), ("x", x)):
         if t is not None:
             checks.contiguous_rows(name, t)

@@ -76,17 +76,10 @@ def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """
     batch, rows, cols = grad.shape
     per_token = gate.ndim == 3
-
-    def result(wanted, shape, dtype):
-        shape = shape if wanted else (0,)
-        return torch.empty(shape, dtype=dtype or grad.dtype, device=grad.device)
-
-    df = result(df_dtype, grad.shape, df_dtype)
-    if per_token:
-        dgate = result(f is not None, grad.shape, gate.dtype)
-    else:
-        shape = batch, triton.cdiv(rows, ROWS), cols
-        dgate = result(f is not None, shape, torch.float32)
+    df = launch.result(grad, grad.shape, df_dtype, df_dtype)
+    shape = grad.shape if per_token else (batch, triton.cdiv(rows, ROWS), cols)
+    dtype = gate.dtype if per_token else torch.float32
+    dgate = launch.result(grad, shape, dtype, f is not None)
     key = launch.key_of("gate_backward", (grad, f, gate), df_dtype)
     plan = launch.planned(key, lambda: gate_backward_plan(grad, gate))
     plan.launch(grad, f, gate, df if df_dtype else None, dgate)

@@ -273,8 +273,8 @@ def projection_forward(
     of these arguments, if it is known.
     Returns (out, f); f, in a's dtype, is empty unless `save_f`.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    f = torch.empty(x.shape if save_f else (0,), dtype=a.dtype, device=a.device)
+    out = launch.result(x, x.shape)
+    f = launch.result(a, x.shape, wanted=save_f)
     if plan is None:
         per_sample = isinstance(c_out, torch.Tensor)
         gate = c_out if per_sample and c_out.ndim > 1 else None

@@ -119,13 +119,13 @@ def column_statistics(t: torch.Tensor, smooth: bool, ranged: bool) -> ColumnStat
     block_d = padded_dim(dim)
     key = launch.key_of("columns", (t,), smooth, ranged)
     parts, whole, chunks = launch.planned(key, lambda: columns_plans(t, smooth))
-    sums = empty(t, (batch * heads * chunks, block_d), torch.float64)
+    sums = launch.result(t, (batch * heads * chunks, block_d), torch.float64)
     highs = lows = top = mean = None
     if ranged:
-        highs, lows = (empty(t, sums.shape, torch.float32) for _ in range(2))
-        top = empty(t, (batch, heads, block_d), torch.float32)
+        highs, lows = (launch.result(t, sums.shape, torch.float32) for _ in range(2))
+        top = launch.result(t, (batch, heads, block_d), torch.float32)
     if smooth:
-        mean = empty(t, (batch, heads, block_d), torch.float32)
+        mean = launch.result(t, (batch, heads, block_d), torch.float32)
     parts.launch(t, sums, highs, lows)
     whole.launch(sums, highs, lows, mean, top)
     return ColumnStatistics(mean, top)
@@ -134,7 +134,3 @@ def column_statistics(t: torch.Tensor, smooth: bool, ranged: bool) -> ColumnStat
 def padded_dim(dim: int) -> int:
     """8-bit matrix instructions take 32 channels at a time."""
     return max(32, 1 << (dim - 1).bit_length())
-
-
-def empty(like: torch.Tensor, shape, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)

@@ -284,8 +284,7 @@ def attend_quantized(
     """Launches `sage_attention_kernel`: [B, Nq, H·D] in `dtype`; without x, attention alone."""
     *tensors, v_limit, pv = operands
     batch, heads = operands.q.shape[:2]
-    shape = (batch, q_len, heads * head_dim)
-    out = torch.empty(shape, dtype=dtype, device=operands.q.device)
+    out = launch.result(operands.q, (batch, q_len, heads * head_dim), dtype)
     sizes = (is_causal, q_len, head_dim, kv_len)
     per_sample = isinstance(c_skip, torch.Tensor)
     key = launch.key_of("quantized", (*tensors, x, c_skip, c_out), pv, dtype, *sizes)

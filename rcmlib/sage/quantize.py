@@ -23,7 +23,7 @@ import triton.language as tl
 
 from rcmlib.attention.tiles import LOG2_E, choose_sage_tile
 from rcmlib.core import device_capability, interpreting, launch
-from rcmlib.sage.columns import TINY, column_statistics, empty, load_tile, padded_dim
+from rcmlib.sage.columns import TINY, column_statistics, load_tile, padded_dim
 
 PAD = 128  # tokens are padded to whole tiles of any size in use
 # 1.5·2²³: a float32 of this size has no fraction bits, so adding it rounds to the nearest
@@ -143,8 +143,8 @@ def quantize_int8(
     """
     batch, heads, length, dim = t.shape
     padded = padded_length(length)
-    out = empty(t, (batch, heads, padded, padded_dim(dim)), torch.int8)
-    scales = empty(t, (batch, heads, padded // group), torch.float32)
+    out = launch.result(t, (batch, heads, padded, padded_dim(dim)), torch.int8)
+    scales = launch.result(t, (batch, heads, padded // group), torch.float32)
     key = launch.key_of("int8", (t, mean), group)
     plan = launch.planned(key, lambda: int8_plan(t, group))
     plan.launch(t, mean, out, scales, factor)
@@ -175,7 +175,7 @@ def quantize_values(
     padded, block_d = padded_length(length), padded_dim(dim)
     shape = (block_d, padded) if fp8 else (padded, block_d)
     dtype = torch.float8_e4m3fn if fp8 else torch.float16
-    out = empty(v, (batch, heads, *shape), dtype)
+    out = launch.result(v, (batch, heads, *shape), dtype)
     key = launch.key_of("values", (v, mean, top), fp8)
     plan = launch.planned(key, lambda: values_plan(v, fp8))
     plan.launch(v, mean, top, out, limit)

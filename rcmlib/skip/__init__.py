@@ -25,8 +25,7 @@ def rcm_skip(x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor
     for name, t in (("x", x), ("f", f)):
         checks.tensor(name, t, rank=None)
     checks.residual("x", x, "f", f)
-    if f.shape != x.shape:
-        raise ValueError(f"f must have x's shape {checks.dims(x)}, got {checks.dims(f)}")
+    checks.shape("f", f, f"have x's shape {checks.dims(x)}", x.shape)
     checked = checks.coefficients(c_skip, c_out, x)
     training = gradients.wants_grad(x, f, *checked)
     if not training and x.is_contiguous() and f.is_contiguous():  # no need of views
@@ -90,18 +89,9 @@ def _skip_backward(
 
 @torch.library.register_fake("rcmlib::skip_backward")
 def _(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype):
-    from rcmlib.skip.kernel import dots_shape
+    from rcmlib.skip.kernel import skip_results
 
-    def result(wanted, shape, dtype):
-        return grad.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    dots = dots_shape(grad.shape, width)
-    return (
-        result(dx_dtype, grad.shape, dx_dtype or grad.dtype),
-        result(df_dtype, grad.shape, df_dtype or grad.dtype),
-        result(x is not None, dots, torch.float32),
-        result(f is not None, dots, torch.float32),
-    )
+    return skip_results(grad, x, f, width, dx_dtype, df_dtype)
 
 
 class _Skip(torch.autograd.Function):

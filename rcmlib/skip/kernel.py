@@ -99,7 +99,7 @@ def skip_forward(x, f, c_skip, c_out, plan: launch.Plan | None = None) -> torch.
     x, f: [B, R, C] with a contiguous last dimension, or contiguous [B, …]. c_skip, c_out: two
     floats or two [B]. plan: the one of these arguments, if it is known.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = launch.result(x, x.shape)
     if plan is None:
         per_sample = isinstance(c_skip, torch.Tensor)
         key = launch.key_of("rcm_skip", (x, f, c_skip, c_out))
@@ -131,16 +131,7 @@ def skip_backward(
     given: float32 [B, C / width, R], each over `width` neighbouring columns (an attention
     head, say; None leaves the choice here). c_skip, c_out: two floats or two [B].
     """
-
-    def result(wanted, shape, dtype):
-        shape = shape if wanted else (0,)
-        return torch.empty(shape, dtype=dtype or grad.dtype, device=grad.device)
-
-    dots = dots_shape(grad.shape, width)
-    dx = result(dx_dtype, grad.shape, dx_dtype)
-    df = result(df_dtype, grad.shape, df_dtype)
-    x_dots = result(x is not None, dots, torch.float32)
-    f_dots = result(f is not None, dots, torch.float32)
+    dx, df, x_dots, f_dots = results = skip_results(grad, x, f, width, dx_dtype, df_dtype)
     options = (width, dx_dtype, df_dtype)
     key = launch.key_of("skip_backward", (grad, x, f, c_skip, c_out), *options)
     per_sample = isinstance(c_skip, torch.Tensor)
@@ -149,13 +140,19 @@ def skip_backward(
         grad, x, f, dx if dx_dtype else None, df if df_dtype else None, x_dots, f_dots,
         c_skip, c_out,
     )  # fmt: skip
-    return dx, df, x_dots, f_dots
+    return results
 
 
-def dots_shape(shape, width: int | None) -> tuple[int, int, int]:
-    """The shape of `skip_backward`'s dots for g of this shape."""
-    batch, rows, cols = shape
-    return batch, triton.cdiv(cols, width or block_of(rows, cols)[1]), rows
+def skip_results(grad, x, f, width, dx_dtype, df_dtype) -> tuple[torch.Tensor, ...]:
+    """What `skip_backward` fills."""
+    batch, rows, cols = grad.shape
+    dots = batch, triton.cdiv(cols, width or block_of(rows, cols)[1]), rows
+    return (
+        launch.result(grad, grad.shape, dx_dtype, dx_dtype),
+        launch.result(grad, grad.shape, df_dtype, df_dtype),
+        launch.result(grad, dots, torch.float32, x is not None),
+        launch.result(grad, dots, torch.float32, f is not None),
+    )
 
 
 def block_of(rows: int, cols: int) -> tuple[int, int]:
