@@ -38,9 +38,7 @@ def edm(t: float | torch.Tensor, sigma_data: float = 1.0) -> Coefficients:
     t64 = _float64(t, upper=math.inf)
     norm = torch.hypot(t64, torch.full_like(t64, sigma_data))  # √(σ_d²+t²), no overflow
     c_in = norm.reciprocal()
-    return _like(
-        t, (sigma_data / norm) ** 2, sigma_data * (t64 / norm), c_in, t64.log() / 4
-    )
+    return _like(t, (sigma_data / norm) ** 2, sigma_data * (t64 / norm), c_in, t64.log() / 4)
 
 
 def trigflow(t: float | torch.Tensor, sigma_data: float = 1.0) -> Coefficients:

@@ -17,9 +17,7 @@ TIMED = ("flash_eager", "flash_compiled", "cudnn_compiled", "fused")
 
 def main() -> None:
     gpu = torch.cuda.is_available()
-    where = (
-        torch.cuda.get_device_name() if gpu else "the CPU, through Triton's interpreter"
-    )
+    where = torch.cuda.get_device_name() if gpu else "the CPU, through Triton's interpreter"
     device = "cuda" if gpu else "cpu"
     batch, heads, tokens, dim = (4, 12, 2048, 64) if gpu else (2, 2, 192, 64)
     print(f"out = c_skip·x + c_out·attention(q, k, v) on {where}")
@@ -32,9 +30,7 @@ def main() -> None:
     inputs = Inputs(q, k, v, x, c.c_skip, c.c_out)
     out = rcmlib.rcm_attention(*inputs)
     error = reference.relative_l2(out, reference.rcm_attention(*inputs))
-    print(
-        f"relative error against float64      {error:.2e}  (bfloat16 rounds at 2e-03)"
-    )
+    print(f"relative error against float64      {error:.2e}  (bfloat16 rounds at 2e-03)")
     print(f"sample 0 has t = 0: equals x        {torch.equal(out[0], x[0])}")
 
     print("\nbytes through HBM, by the ledger (caches ignored)")

@@ -23,17 +23,11 @@ class _RCMAttention(nn.Module):
     """The layers and the checks that the implementations share."""
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        sigma_data: float = 1.0,
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = True, sigma_data: float = 1.0
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"dim must be a multiple of num_heads, got {dim} and {num_heads}"
-            )
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
         edm(0.0, sigma_data)  # raises if sigma_data is not a positive number
         self.num_heads = num_heads
         self.sigma_data = sigma_data
@@ -149,9 +143,7 @@ class TritonFusedRCMAttention(_RCMAttention):
         if self.proj is None:
             return rcm_attention(q, k, v, x, c_skip, c_out)
         attended = attention(q, k, v)
-        return rcm_projection(
-            attended, self.proj.weight, self.proj.bias, x, c_skip, c_out
-        )
+        return rcm_projection(attended, self.proj.weight, self.proj.bias, x, c_skip, c_out)
 
 
 class TransformerBlock(nn.Module):

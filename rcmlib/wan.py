@@ -75,9 +75,7 @@ class WanRMSNorm(nn.Module):
 class WanSelfAttention(nn.Module):
     """Self-attention with normalised, rotated queries and keys, and projection o."""
 
-    def __init__(
-        self, dim: int, num_heads: int, qk_norm: bool = True, eps: float = 1e-6
-    ):
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = True, eps: float = 1e-6):
         super().__init__()
         if num_heads < 1 or dim % (2 * num_heads):
             raise ValueError(
@@ -91,9 +89,7 @@ class WanSelfAttention(nn.Module):
         self.norm_q = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
 
-    def heads(
-        self, x: Tensor, grid: tuple[int, int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, H, N, D] of x [B, N, dim], as views of token-major tensors."""
         q, k, v = (
             t.unflatten(-1, (self.num_heads, -1))
@@ -118,12 +114,7 @@ class WanBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        ffn_dim: int,
-        num_heads: int,
-        qk_norm: bool = True,
-        eps: float = 1e-6,
+        self, dim: int, ffn_dim: int, num_heads: int, qk_norm: bool = True, eps: float = 1e-6
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)

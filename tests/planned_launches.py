@@ -92,7 +92,9 @@ def launch_and_compare(self, *tensors):
 def same(a, b):
     if isinstance(b, TensorDescriptor):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(b))
-    return a is b if isinstance(b, torch.Tensor) else a == b
+    return (
+        a is b if isinstance(b, torch.Tensor) else a == b
+    )  # numbers, and tuples of them
 
 
 def tensor(*shape, dtype=BF16, offset=0, pad=0):
@@ -109,7 +111,7 @@ def tensor(*shape, dtype=BF16, offset=0, pad=0):
 
 def coefficients(batch):
     wide = torch.rand(batch + 1)
-    yield torch.tensor(0.5).double(), torch.tensor(1.0).double()
+    yield 0.5, 1.0
     yield torch.rand(batch), torch.rand(batch)
     yield torch.rand(batch), wide[1:]  # not aligned
     yield wide[1:], torch.rand(batch, dtype=torch.float64)
@@ -162,9 +164,7 @@ def launch_all(batch, q_len, kv_len, dim, dtype, x_dtype, offset, pad):
             projection.projection_forward(a, weight, b, y, c_skip, c_out, save)
         gates = [new(batch, 48), new(batch, q_len, 48, dtype=x_dtype)]
         for c in gates:
-            projection.projection_forward(
-                a, weight, bias, y, torch.tensor(1.0), c, flag
-            )
+            projection.projection_forward(a, weight, bias, y, 1.0, c, flag)
             for product in (torch.empty_like(y, dtype=dtype), None):
                 gate.gate_backward(y, product, c, dtype if flag else None)
     quantize.quantize_int8(q, 32, factor=0.5)

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 import rcmlib
 from rcmlib import reference
-from rcmlib.attention import REPEATS
 from rcmlib.attention import forward as attention
-from rcmlib.core.layout import layout
+from rcmlib.core.launch import PLANS, descriptors_allowed
 from tests.inputs import (
     DTYPES,
     assert_close,
@@ -37,17 +36,12 @@ SHAPES = [  # (B, H, Nq, Nkv, D)
 @pytest.fixture(params=[None, True, False], ids=["as_is", "as_few_rows", "as_many"])
 def sizes(request, monkeypatch):
     """Small inputs are launched as what they are; and as long ones, of few or many rows."""
-
-    def forget():
-        attention.attention_plan.cache_clear()
-        REPEATS.known.clear()
-
     if request.param is not None:
         monkeypatch.setattr(attention, "few_rows", lambda *_: request.param)
         monkeypatch.setattr(attention, "SHORT", 0)
-    forget()
+    PLANS.clear()
     yield
-    forget()
+    PLANS.clear()
 
 
 @pytest.mark.usefixtures("sizes")
@@ -123,8 +117,7 @@ def test_views_of_a_packed_qkv_are_used_in_place(offset, device):
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     wide = torch.randn(batch, tokens, 2 * num_heads * dim, device=device)
     x = wide[..., : num_heads * dim]
-    layouts = (layout(t) for t in (q, k, v))
-    assert attention.descriptors_allowed(*layouts) == (offset == 0)
+    assert descriptors_allowed(q, k, v) == (offset == 0)
     out = rcmlib.rcm_attention(q, k, v, x, 0.3, 0.8)
     assert_close(out, reference.rcm_attention(q, k, v, x, 0.3, 0.8), out)
 
@@ -199,7 +192,7 @@ def test_one_key_may_tower_over_the_others(
     q[..., 0] = 0
     q[:, 0, 70::64, 0] = dim**0.5
     inputs = (q, k, v, x, c_skip, c_out)
-    plan = attention.attention_plan.__wrapped__(*map(layout, inputs), is_causal, True)
+    plan = attention.attention_plan(*inputs[:4], per_sample=True, is_causal=is_causal)
     out, _, lse = attention.attention_forward(*inputs, dim**-0.5, is_causal, True, plan)
     ref = reference.rcm_attention(*inputs, is_causal=is_causal)
     assert_close(out, ref, torch_attention(*inputs, is_causal=is_causal))

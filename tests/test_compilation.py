@@ -3,75 +3,182 @@
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
-from rcmlib.measure.compile import Job, compile_kernels
+from rcmlib.measure.compile import Call, compile_calls
 from rcmlib.sage import PV
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = [
-    ("bfloat16", 64),
-    ("bfloat16", 96),
-    ("bfloat16", 128),
-    ("float16", 256),
-    ("float32", 64),
-    ("float32", 128),
-    ("float32", 256),
+    (BF16, 64),
+    (BF16, 96),
+    (BF16, 128),
+    (FP16, 256),
+    (FP32, 64),
+    (FP32, 128),
+    (FP32, 256),
 ]
-LARGE = {"rows": 32760, "cols": 5120, "depth": 5120}
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+BATCH, HEADS, TOKENS = 2, 12, 8192
+
+
+class Job(NamedTuple):
+    """A call, which of its kernels counts, and what may be spilled there (`assert_lean`)."""
+
+    kernel: str
+    call: Call
+    tight: bool = False  # sm_90 at D = 128: the registers are full
+    ragged: bool = False
+    causal: bool = False
+
+
+def new(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tokens(ragged):
+    """A length, and rows to cut it from: strides stay multiples of 16."""
+    return TOKENS + ragged, 2 * TOKENS
+
+
+def heads(dtype, dim, ragged, aligned=True):
+    """q, k, v; not aligned: the copy engine cannot read k."""
+    n, rows = tokens(ragged)
+    q, k, v = (new(BATCH, HEADS, rows, dim, dtype=dtype)[:, :, :n] for _ in range(3))
+    return q, (k if aligned else k[:, :1].expand_as(k)), v
+
+
+def attention(capability, dtype=BF16, dim=64, *, saving=False, causal=False, ragged=False,
+              aligned=True, skip=True):  # fmt: skip
+    q, k, v = heads(dtype, dim, ragged, aligned)
+    c = new(BATCH, dtype=torch.float64)
+    x = new(*q.shape[::2], HEADS * dim, dtype=dtype)
+    residual = (x, c, c) if skip else (None, None, None)
+    arguments = (q, k, v, *residual, dim**-0.5, causal, saving)
+    call = Call("rcmlib.attention.forward.attention_forward", arguments, capability)
+    tight = capability == 90 and 64 < dim <= 128 and (ragged or causal or saving)
+    return Job("attention_kernel", call, tight, ragged, causal)
+
+
+def backward(
+    kernel, capability, dtype, dim, *, causal=False, ragged=False, aligned=True
+):
+    q, k, v = heads(dtype, dim, ragged, aligned)
+    g = new(*q.shape[::2], HEADS * dim, dtype=dtype)
+    lse = new(*q.shape[:3], dtype=FP32)
+    c = new(BATCH, dtype=torch.float64)
+    arguments = (g, q, k, v, lse, lse, c, dim**-0.5, causal)
+    call = Call("rcmlib.attention.backward.attention_backward", arguments, capability)
+    return Job(f"{kernel}_kernel", call)
+
+
+def projection(capability, dtype=BF16, *, rows=8192, cols=768, depth=768, rank=1,
+               saving=False, ragged=False, aligned=True):  # fmt: skip
+    """A gate (rank 2, 3) is float32, the coefficients (rank 1) are float64."""
+    cols, depth, tokens = cols + ragged, depth + ragged, rows // BATCH
+    a = new(BATCH, tokens, depth + 15 * ragged, dtype=dtype)[..., :depth]
+    weight = new(cols, depth + 15 * ragged, dtype=dtype)[:, :depth]
+    if not aligned:  # the copy engine cannot read rows that repeat
+        a = a[:, :1].expand_as(a)
+    bias, x = new(cols, dtype=dtype), new(BATCH, tokens, cols, dtype=dtype)
+    c_skip = c_out = new(BATCH, dtype=torch.float64)
+    if rank > 1:
+        gate = (BATCH, cols) if rank == 2 else x.shape
+        c_skip, c_out = 1.0, new(*gate, dtype=FP32)
+    arguments = (a, weight, bias, x, c_skip, c_out, saving)
+    name = "rcmlib.projection.kernel.projection_forward"
+    return Job("projection_kernel", Call(name, arguments, capability))
+
+
+def skips(capability):
+    x, c = new(BATCH, 48, 8192, dtype=BF16), new(BATCH, dtype=torch.float64)
+    forward = Call("rcmlib.skip.kernel.skip_forward", (x, x, c, c), capability)
+    arguments = (x, x, x, c, c, None, BF16, BF16)
+    backward = Call("rcmlib.skip.kernel.skip_backward", arguments, capability)
+    return [Job("skip_kernel", forward), Job("skip_backward_kernel", backward)]
+
+
+def sage(capability, dim, pv, *, smooth_q=False, causal=False, ragged=False):
+    q, k, v = heads(BF16, dim, ragged)
+    if smooth_q:  # PyTorch's part of it wants a device
+        q, k, v = (torch.empty(1, 2, 144, dim, dtype=BF16)[:, :, : 128 + ragged],) * 3
+    c = new(q.shape[0], dtype=torch.float64)
+    x = new(*q.shape[::2], q.shape[1] * dim)
+    arguments = (q, k, v, x, c, c, dim**-0.5, causal, smooth_q, True, True, pv)
+    name = "rcmlib.sage.kernel.sage_attention_forward"
+    tight = capability == 90 and 64 < dim <= 128 and (ragged or causal)
+    return Job("sage_attention_kernel", Call(name, arguments, capability), tight)
+
+
+def compiled(jobs):
+    """(job, what its kernel compiles to), kernel by kernel."""
+    for kernel in dict.fromkeys(job.kernel for job in jobs):
+        own = [job for job in jobs if job.kernel == kernel]
+        found = compile_calls([job.call for job in own], kernel)
+        yield from (
+            (job, kernels[kernel]) for job, kernels in zip(own, found, strict=True)
+        )
 
 
 def attention_jobs(capability):
     """What a default call can launch on this architecture, the heaviest variants of each."""
+    forward = partial(attention, capability)
     for dtype, dim in SIZES:
-        yield Job("attention", capability, dtype, dim, causal=True, ragged=True)
-    yield Job("attention", capability, "bfloat16", 64)
-    yield Job("attention", capability, "bfloat16", 128)
-    yield Job("attention", capability, "bfloat16", 128, ragged=True, aligned=False)
-    yield Job("attention", capability, "bfloat16", 64, saving=True, ragged=True)
-    yield Job("attention", capability, "bfloat16", 128, saving=True, causal=True)
+        yield forward(dtype, dim, causal=True, ragged=True)
+    yield forward(BF16, 64)
+    yield forward(BF16, 128)
+    yield forward(BF16, 128, ragged=True, aligned=False)
+    yield forward(BF16, 64, saving=True, ragged=True)
+    yield forward(BF16, 128, saving=True, causal=True)
     if capability == 90:  # which has a tile for each
         for dim in (64, 128):
-            yield Job("attention", 90, "float16", dim, saving=True, ragged=True)
-            yield Job("attention", 90, "bfloat16", dim, ragged=True)
-            yield Job("attention", 90, "bfloat16", dim, causal=True)
-            yield Job("attention", 90, "bfloat16", dim, saving=True)
+            yield forward(FP16, dim, saving=True, ragged=True)
+            yield forward(BF16, dim, ragged=True)
+            yield forward(BF16, dim, causal=True)
+            yield forward(BF16, dim, saving=True)
     for kernel in ("dkdv", "dq"):
         for dtype, dim in SIZES:
             if dim != 96:
-                yield Job(kernel, capability, dtype, dim, causal=True, ragged=True)
-        yield Job(kernel, capability, "bfloat16", 64, aligned=False)
+                yield backward(kernel, capability, dtype, dim, causal=True, ragged=True)
+        yield backward(kernel, capability, BF16, 64, aligned=False)
 
 
 def projection_jobs(capability):
     """The skip, a gate a channel or a token; saving F or not; short and long products."""
     short, middle = {"cols": 768, "depth": 768}, {"cols": 768, "depth": 3072}
+    large = {"rows": 32768, "cols": 5120, "depth": 5120}
     for size, rank, saving in [
         (short, 1, False),
         (short, 3, True),
         (middle, 2, True),
-        (LARGE, 1, False),
-        (LARGE, 2, False),
-        (LARGE, 3, True),
+        (large, 1, False),
+        (large, 2, False),
+        (large, 3, True),
     ]:
-        yield Job("projection", capability, c_out_rank=rank, saving=saving, **size)
-    yield Job("projection", capability, ragged=True)
-    yield Job("projection", capability, aligned=False)
-    yield Job("projection", capability, "float32")
+        yield projection(capability, rank=rank, saving=saving, **size)
+    yield projection(capability, ragged=True)
+    yield projection(capability, aligned=False)
+    yield projection(capability, FP32)
 
 
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_no_default_configuration_spills_or_wants_too_much_shared_memory(capability):
-    jobs = [Job("skip", capability), Job("skip_backward", capability)]
-    jobs += [*attention_jobs(capability), *projection_jobs(capability)]
-    for job, compiled in zip(jobs, compile_kernels(jobs), strict=True):
-        assert f".target sm_{capability}" in compiled.ptx
-        assert_lean(job, compiled)
+    jobs = [
+        *skips(capability),
+        *attention_jobs(capability),
+        *projection_jobs(capability),
+    ]
+    for job, found in compiled(jobs):
+        assert f".target sm_{capability}" in found.ptx
+        assert_lean(job, found)
 
 
-def assert_lean(job, compiled):
+def assert_lean(job, found):
     """No spills, and shared memory that the GPU has.
 
     On an H100 at D = 128, attention fills the registers. What runs once a program (a masked
@@ -79,18 +186,18 @@ def assert_lean(job, compiled):
     SM, nothing would be spilled, and the loop would be slower. One address that stays the same
     may be read back in the loop of two blocks of ragged length; nothing else may.
     """
-    assert compiled.shared_bytes <= SHARED_KIB[job.capability] * 1024, job
-    full = job.kernel in ("attention", "sage_attention") and 64 < job.head_dim <= 128
-    if full and job.capability == 90 and (job.ragged or job.causal or job.saving):
-        assert compiled.spill_bytes <= 128, job
-        if compiled.spill_bytes:
-            spills = spills_in_loop(compiled.ptx, job.capability)
-            if job.kernel == "attention" and job.ragged and not job.causal:
+    capability = job.call.capability
+    assert found.shared_bytes <= SHARED_KIB[capability] * 1024, job
+    if job.tight:
+        assert found.spill_bytes <= 128, job
+        if found.spill_bytes:
+            spills = spills_in_loop(found.ptx, capability)
+            if job.kernel == "attention_kernel" and job.ragged and not job.causal:
                 assert len(spills) <= 1 and not any("STL" in s for s in spills), job
             else:
                 assert not spills, job
     else:
-        assert compiled.spill_bytes == 0, job
+        assert found.spill_bytes == 0, job
 
 
 def sage_jobs(capability):
@@ -104,15 +211,10 @@ def sage_jobs(capability):
     yield sage(capability, 128, pvs[0], ragged=True, smooth_q=True)
 
 
-def sage(capability, dim, pv, **options):
-    return Job("sage_attention", capability, head_dim=dim, pv=pv, **options)
-
-
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_the_8_bit_kernel_spills_nothing_in_its_loop(capability):
-    jobs = list(sage_jobs(capability))
-    for job, compiled in zip(jobs, compile_kernels(jobs), strict=True):
-        assert_lean(job, compiled)
+    for job, found in compiled([*sage_jobs(capability)]):
+        assert_lean(job, found)
 
 
 def spills_in_loop(ptx, capability):
@@ -148,23 +250,23 @@ def machine_code(ptx, capability):
 
 
 def test_hopper_multiplies_in_8_bits():
-    by_pv = dict.fromkeys(PV)
-    jobs = [sage(90, 64, pv) for pv in by_pv]
-    for pv, compiled in zip(by_pv, compile_kernels(jobs), strict=True):
-        products = set(re.findall(r"wgmma\.mma_async\S*k\d+\.(\S+)", compiled.ptx))
+    jobs = [sage(90, 64, pv) for pv in PV]
+    for pv, (_, found) in zip(PV, compiled(jobs), strict=True):
+        products = set(re.findall(r"wgmma\.mma_async\S*k\d+\.(\S+)", found.ptx))
         second = {
             "fp8": "f32.e4m3.e4m3", "fp8_short": "f32.e4m3.e4m3",
             "fp8_fp16": "f16.e4m3.e4m3", "fp16": "f32.f16.f16",
         }[pv]  # fmt: skip
         assert products == {"s32.s8.s8", second}, pv
-        assert "cp.async.bulk.tensor" in compiled.ptx
+        assert "cp.async.bulk.tensor" in found.ptx
 
 
 def test_hopper_uses_its_own_matrix_and_copy_instructions():
-    fused, two_pass = compile_kernels([Job(), Job(skip=False)])
-    for compiled in (fused, two_pass):
-        assert "wgmma.mma_async" in compiled.ptx
-        assert "cp.async.bulk.tensor" in compiled.ptx
+    jobs = [attention(90), attention(90, skip=False)]
+    fused, two_pass = (found for _, found in compiled(jobs))
+    for found in (fused, two_pass):
+        assert "wgmma.mma_async" in found.ptx
+        assert "cp.async.bulk.tensor" in found.ptx
     # One more tensor is read, and none more is written.
     assert len(re.findall(r"ld\.global\S*\.v4", fused.ptx)) > 0
     assert not re.findall(r"ld\.global\S*\.v4", two_pass.ptx)
@@ -174,4 +276,4 @@ def test_hopper_uses_its_own_matrix_and_copy_instructions():
 
 def test_a_failed_compilation_shows_the_compiler_s_words():
     with pytest.raises(RuntimeError, match="the compilation failed"):
-        compile_kernels([Job(capability=12345)])
+        compile_calls([attention(12345).call])

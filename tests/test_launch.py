@@ -13,10 +13,9 @@ from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rcmlib
-from rcmlib import core as ops
-from rcmlib.attention import attention
-from rcmlib.core import launch as plan
-from rcmlib.core.layout import layout, layout_key
+from rcmlib.attention import attention, forward
+from rcmlib.core import checks, launch
+from rcmlib.core.launch import PLANS, key_of
 from rcmlib.sage import sage_attention
 from tests.inputs import heads
 from tests.test_bad_input import CASES, both_attentions, good
@@ -70,41 +69,38 @@ def test_a_misaligned_tensor_has_a_plan_of_its_own(device):
     for inputs in ((q, k, v, x), others, (q, others[1], v, x), others, (q, k, v, x)):
         out = rcmlib.rcm_attention(*inputs, *c)
         assert torch.allclose(out, expected, rtol=2e-3, atol=2e-3)
-    find = ops.attention.attention_plan
-    plans = [find(*inputs, *c, False, False) for inputs in ((q, k, v, x), others)]
-    assert plans[0] is not plans[1]
+    options = ("rcm_attention", (q, k, v, x, *c)), ("rcm_attention", (*others, *c))
+    plans = [PLANS.get(key_of(*key, False, False)) for key in options]
+    assert None not in plans and plans[0] is not plans[1]
     assert not plans[1].boxes  # the copy engine cannot address these
+    assert forward.attention_plan(q, k, v, x, True, False).boxes
 
 
 def test_what_a_launch_depends_on_tells_keys_apart():
     t = torch.zeros(2, 3)
-    different = [
+    arguments = [
         (t,), (t.half(),), (t.to("meta"),), (t.mT,), (t[:1],), (misaligned(t),), (t, t),
-        (None,), (1.0,), (None, 1.0), (1.0, None), (True,), (1,), (0,), (False,), ("1",),
-        (torch.float32,), (torch.float16,), (), (None, None), (t, True), (t, 1), (t, None),
+        (None,), (1.0,), (None, 1.0), (1.0, None), (), (None, None), (t, 1.0), (t, None),
     ]  # fmt: skip
-    assert len({layout_key(arguments) for arguments in different}) == len(different)
-    assert layout_key((t, 0.5, None)) == layout_key((t + 1, 0.25, None))
+    options = [(), (True,), (1,), (0,), (False,), ("1",), (None,), (True, True),
+               (torch.float32,), (torch.float16,)]  # fmt: skip
+    keys = {key_of("a", a, *o) for a in arguments for o in options}
+    assert len(keys) == len(arguments) * len(options)
+    assert not keys & {key_of("b", a, *o) for a in arguments for o in options}
+    assert key_of("a", (t, 0.5, None)) == key_of("a", (t + 1, 0.25, None))
 
 
-def test_plans_are_made_once_for_each_key_from_layouts(monkeypatch):
-    made = []
-
-    @plan.by_layout
-    def find(*arguments):
-        made.append(arguments)
-        return object()
-
-    t = torch.zeros(4)
-    first = find(t, 0.5, True)
-    assert find(t + 1, 0.25, True) is first
-    assert find(t, 0.5, 1) is not first
-    assert find(t, 0.5, False) is not first
-    assert made == [(layout(t), None, option) for option in (True, 1, False)]
-    monkeypatch.setattr(plan, "PLANS", 3)
-    find(t, None, True)  # the others are forgotten
-    again = find(t, 0.5, True)
-    assert again is not first and find(t, 0.5, True) is again
+def test_a_plan_is_made_once_for_its_key_and_the_cache_does_not_grow_for_ever(
+    monkeypatch,
+):
+    monkeypatch.setattr(launch, "PLANS", {})
+    monkeypatch.setattr(launch, "KEPT", 2)
+    first = launch.planned(("a",), object)
+    assert launch.planned(("a",), object) is first
+    launch.planned(("b",), object)
+    launch.planned(("c",), object)  # the others are forgotten
+    assert set(launch.PLANS) == {("c",)}
+    assert launch.planned(("a",), object) is not first
 
 
 # ---- calls like an earlier one ----
@@ -164,12 +160,16 @@ def test_a_repeated_call_computes_with_its_own_numbers(
         assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "rcm_sage_attention"])
-def test_a_repeated_call_goes_straight_to_its_plan(name, device, monkeypatch):
+@every_function
+def test_a_repeated_call_goes_past_the_checks_to_its_plan(
+    function, device, monkeypatch
+):
     inputs = arguments(device)
-    expected = [FUNCTIONS[name](*inputs) for _ in range(2)][1]
-    monkeypatch.setattr(plan, "layout_key", None)  # no plan can be looked up
-    assert torch.equal(FUNCTIONS[name](*inputs), expected)
+    expected = function(*inputs)
+    monkeypatch.setattr(checks, "tensor", None)  # cannot be called
+    with pytest.raises(TypeError, match="NoneType"):
+        function(*(t[:1] for t in inputs))  # another layout, which has to be checked
+    assert torch.equal(function(*inputs), expected)
 
 
 @every_function

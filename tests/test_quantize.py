@@ -52,7 +52,7 @@ def check_columns(t):
     dim = t.shape[-1]
     mean = eight_bit.column_mean(t)
     for smooth in (False, True):
-        found = quantize.columns(t, smooth, True)
+        found = quantize.column_statistics(t, smooth, True)
         center = mean if smooth else None
         assert_same(found.top[..., :dim], eight_bit.column_top(t, center))
         if smooth:
@@ -86,7 +86,7 @@ def check_values(v, limit, smooth, fp8):
     mean, padded = padded_mean(v, quantize.padded_dim(dim))
     if not smooth:
         mean = padded = None
-    top = quantize.columns(v, smooth, True).top
+    top = quantize.column_statistics(v, smooth, True).top
     out = quantize.quantize_values(v, limit, top, padded, fp8)
     dtype = torch.float8_e4m3fn if fp8 else torch.float16
     ref, _ = eight_bit.quantize_values(v, limit, mean, dtype)
@@ -189,10 +189,10 @@ def test_extreme_channels_agree_bit_for_bit(change, device):
 
 def test_every_byte_is_written(device, monkeypatch):
     t = tokens(17, 80, device=device)
-    top = quantize.columns(t, True, True).top
+    top = quantize.column_statistics(t, True, True).top
 
     def copies():
-        yield from quantize.columns(t, True, True)
+        yield from quantize.column_statistics(t, True, True)
         yield from quantize.quantize_int8(t, 32)
         for fp8 in (True, False):
             yield quantize.quantize_values(t, 448.0, top, None, fp8)

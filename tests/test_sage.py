@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import rcmlib
 from rcmlib import reference
-from rcmlib.core.device import device_capability
+from rcmlib.core import device_capability
 from rcmlib.measure.inputs import gaussian, video_like
 from rcmlib.reference import eight_bit
 from rcmlib.sage import PV, sage_attention

@@ -1,6 +1,7 @@
 """The machine's ceilings: how fast it copies, multiplies matrices and raises 2 to a power."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -42,17 +43,18 @@ def matmul_int8() -> tuple[dict, Callable]:
 
 
 def exp2() -> tuple[dict, Callable]:
+    multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+    out = torch.empty(PROGRAMS * multiprocessors * CHAINS, device="cuda")
+    ops = out.numel() * STEPS * UNROLL
+    return {"ops": ops, "multiprocessors": multiprocessors}, partial(run_chains, out)
+
+
+def run_chains(out: torch.Tensor) -> None:
+    """Launches `exp2_kernel`: a program for CHAINS numbers of out."""
     from benchmarks.kernels import exp2_kernel
 
-    multiprocessors = torch.cuda.get_device_properties().multi_processor_count
-    programs = PROGRAMS * multiprocessors
-    out = torch.empty(programs * CHAINS, device="cuda")
-    ops = out.numel() * STEPS * UNROLL
-
-    def run():
-        exp2_kernel[(programs,)](out, STEPS, BLOCK=CHAINS, UNROLL=UNROLL, num_warps=4)
-
-    return {"ops": ops, "multiprocessors": multiprocessors}, run
+    programs = out.numel() // CHAINS
+    exp2_kernel[(programs,)](out, STEPS, BLOCK=CHAINS, UNROLL=UNROLL, num_warps=4)
 
 
 def ceiling_case(

@@ -38,15 +38,16 @@ KERNELS = (*(f"sage_kernel_{pv}" for pv in PV), "sage_kernel_no_skip")
 
 
 def copies_case(name: str) -> Iterator[dict]:
-    from rcmlib.core.device import device_capability
+    from rcmlib.attention.tiles import choose_sage_tile
+    from rcmlib.core import device_capability
     from rcmlib.sage import quantize
-    from rcmlib.sage.kernel import choose_sage_tile
+    from rcmlib.sage.columns import column_statistics
 
     q, k, v, *_ = attention_inputs(*SAGE[name])
     dim = q.shape[3]
     group = choose_sage_tile(dim, "fp8", device_capability(q.device)).block_n
-    mean = quantize.columns(k, True, False).mean
-    v_mean, v_top = quantize.columns(v, True, True)
+    mean = column_statistics(k, True, False).mean
+    v_mean, v_top = column_statistics(v, True, True)
     q_copy = partial(quantize.quantize_int8, q, 1, None, 0.1)
     k_copy = partial(quantize.quantize_int8, k, group, mean)
     v_copy = partial(quantize.quantize_values, v, 448.0, v_top, v_mean, True)
@@ -62,8 +63,8 @@ def copies_case(name: str) -> Iterator[dict]:
         "q_int8": q_copy,
         "k_int8": k_copy,
         "v_fp8": v_copy,
-        "k_columns": partial(quantize.columns, k, True, False),
-        "v_columns": partial(quantize.columns, v, True, True),
+        "k_columns": partial(column_statistics, k, True, False),
+        "v_columns": partial(column_statistics, v, True, True),
     }
     shape = dict(zip("BHND", SAGE[name], strict=True)) | {"bytes": 3 * q.numel()}
     yield case(name, shape, timing.compare(functions))

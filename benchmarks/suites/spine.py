@@ -60,16 +60,18 @@ def tile_name(rows, keys, warps, stages, registers=None, two=False, fixed=False)
 
 def tiles_case(name: str) -> Iterator[dict]:
     """The fused kernel with other tiles than the one that it chooses."""
-    from rcmlib.attention.forward import Tile, attention_forward
+    from rcmlib.attention.forward import attention_forward, attention_plan
+    from rcmlib.core.launch import Tile
 
     inputs = attention_inputs(*ATTENTION[name])
     expected = rcmlib.rcm_attention(*inputs)
     scale = inputs.q.shape[-1] ** -0.5
 
     def fused(tile):
-        return attention_forward(*inputs, scale, False, tile=tile)[0]
+        plan = attention_plan(*inputs[:4], True, False, tile)
+        return lambda: attention_forward(*inputs, scale, False, plan=plan)[0]
 
-    runs = {tile_name(*tile): partial(fused, Tile(*tile)) for tile in TILES[name]}
+    runs = {tile_name(*tile): fused(Tile(*tile)) for tile in TILES[name]}
     checked = check(
         name, runs, lambda _, out: relative_l2(out, expected), lambda _: 0.01
     )

@@ -5,31 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from rcmlib import core as ops
-from rcmlib.core.checks import (
-    autocast,
-    check_contiguous_rows,
-    check_like,
-    check_residual,
-    check_tensor,
-    coefficients,
-    constant,
-    dims,
-    launch,
-)
-from rcmlib.core.gradients import (
-    coefficient_grad,
-    dense_rows,
-    once_differentiable,
-    signed,
-    wanted,
-    wants_grad,
-)
-from rcmlib.core.operators import operator
-from rcmlib.core.repeats import Repeats, call_key, same
+from rcmlib.core import check_device, checks, gradients
+from rcmlib.core.launch import PLANS, call_key, run_on_device
 
 HEAD_DIMS = range(16, 257)
-REPEATS = Repeats()  # with their scales and plans
 FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -69,76 +48,63 @@ def rcm_attention(
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     Specification: `rcmlib.reference.rcm_attention`. Equation: rCM, arXiv 2510.08431.
     """
-    arguments = (q, k, v, x, c_skip, c_out)
-    key = call_key(arguments, scale, is_causal)
-    known = REPEATS.find(key)
-    if known is not None:
-        return _launch_attention(*arguments, is_causal, *known)
-    q, k, v = autocast(q, k, v)
-    scale = check_attention(q, k, v, scale, is_causal)
-    check_attention_residual(x, q)
-    checked = coefficients(c_skip, c_out, x)
-    out = _attend(q, k, v, x, *checked, scale, is_causal)
-    if same(c_skip, c_out, checked):
-        REPEATS.add(key, lambda: (scale, _plan(*arguments, is_causal)))
-    return out
+    return _call("rcm_attention", (q, k, v, x, c_skip, c_out), scale, is_causal)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = False
 ) -> Tensor:
     """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_attention`'s kernel without x.
 
     Arguments, gradients and errors as there; the result has q's dtype. It is for layers in
     which a projection stands between attention and skip (`rcm_projection`).
     """
-    arguments = (q, k, v, None, None, None)
-    key = call_key((q, k, v), scale, is_causal)
-    known = REPEATS.find(key)
-    if known is not None:
-        return _launch_attention(*arguments, is_causal, *known)
-    q, k, v = autocast(q, k, v)
-    scale = check_attention(q, k, v, scale, is_causal)
-    out = _attend(q, k, v, None, None, None, scale, is_causal)
-    REPEATS.add(key, lambda: (scale, _plan(*arguments, is_causal)))
-    return out
+    return _call("attention", (q, k, v, None, None, None), scale, is_causal)
 
 
-def _attend(q, k, v, x, c_skip, c_out, scale: float, is_causal: bool) -> Tensor:
-    arguments = (q, k, v, x, c_skip, c_out, scale, is_causal)
-    if wants_grad(*arguments[:6]):
-        return _Attention.apply(*arguments)[0]
-    return torch.ops.rcmlib.attention(*arguments)
+def _call(kind: str, arguments: tuple, scale: float | None, is_causal: bool) -> Tensor:
+    plan = PLANS.get(call_key(kind, arguments, is_causal, False))
+    q, k, v, x, *c = arguments
+    if plan is not None:
+        return _launch_attention(*arguments, check_scale(scale, q), is_causal, plan)
+    q, k, v = checks.autocast(q, k, v)
+    check_attention(q, k, v, is_causal)
+    scale = check_scale(scale, q)
+    if kind == "rcm_attention":
+        check_attention_residual(x, q)
+        c = checks.coefficients(*c, x)
+    if gradients.wants_grad(q, k, v, x, *c):
+        return _Attention.apply(q, k, v, x, *c, scale, is_causal)[0]
+    return torch.ops.rcmlib.attention(q, k, v, x, *c, scale, is_causal)
 
 
-def check_attention(q, k, v, scale, is_causal) -> float:
-    """Checks all but x and the coefficients; returns the scale."""
+def check_attention(q, k, v, is_causal) -> None:
+    """Checks all but scale, x and the coefficients."""
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, t, rank=4)
-        check_like(name, t, "q", q)
+        checks.tensor(name, t, rank=4)
+        checks.like(name, t, "q", q)
     batch, heads, _, head_dim = q.shape
     kv_shape = (batch, heads, k.shape[2], head_dim)
     if k.shape != kv_shape:
         raise ValueError(
-            f"k must be [B, H, Nkv, D] with q's B, H, D {dims(q)}, got {dims(k)}"
+            f"k must be [B, H, Nkv, D] with q's B, H, D {checks.dims(q)}, got {checks.dims(k)}"
         )
     if v.shape != kv_shape:
-        raise ValueError(f"v must have k's shape {dims(k)}, got {dims(v)}")
+        raise ValueError(f"v must have k's shape {checks.dims(k)}, got {checks.dims(v)}")
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[-1]:  # `in` breaks on a SymInt
         raise ValueError(
             f"q must have a head dimension of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {head_dim}"
         )
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check_contiguous_rows(name, t)
+        checks.contiguous_rows(name, t)
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
+
+
+def check_scale(scale: float | None, q: Tensor) -> float:
+    """The scale of the scores: 1/√D unless given."""
     if scale is None:
-        return 1 / math.sqrt(head_dim)
+        return 1 / math.sqrt(q.shape[-1])
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not (FLOAT32.tiny < scale < FLOAT32.max / 2):
@@ -148,39 +114,35 @@ def check_attention(q, k, v, scale, is_causal) -> float:
 
 def check_attention_residual(x, q) -> None:
     """x must fit the result of attention on a checked q."""
-    check_tensor("x", x, rank=3)
-    check_residual("x", x, "q", q)
+    checks.tensor("x", x, rank=3)
+    checks.residual("x", x, "q", q)
     batch, heads, q_len, head_dim = q.shape
     if x.shape != (batch, q_len, heads * head_dim):
         raise ValueError(
-            f"x must be [B, Nq, H*D] = [{batch}, {q_len}, {heads * head_dim}], got {dims(x)}"
+            f"x must be [B, Nq, H*D] = [{batch}, {q_len}, {heads * head_dim}], got {checks.dims(x)}"
         )
-    check_contiguous_rows("x", x)
+    checks.contiguous_rows("x", x)
 
 
 # ---- the registered operators: torch.compile and opcheck see these ----
 
 
-@operator
+@gradients.operator
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
 ) -> Tensor:  # fmt: skip
-    ops.check_device("q", q.device)
-    return _launch_attention(q, k, v, x, c_skip, c_out, is_causal, scale)
+    check_device("q", q.device)
+    c = checks.as_launched(c_skip, c_out)
+    return _launch_attention(q, k, v, x, *c, scale, is_causal, None)
 
 
-def _launch_attention(q, k, v, x, c_skip, c_out, is_causal, scale, plan=None) -> Tensor:
+def _launch_attention(q, k, v, x, c_skip, c_out, scale, is_causal, plan) -> Tensor:
+    from rcmlib.attention.forward import attention_forward
+
     dtype = q.dtype if x is None else x.dtype
-    return launch(
-        ops.attention.attention_forward, [dtype],
-        q, k, v, x, c_skip, c_out, scale, is_causal, False, plan,
-    )[0]  # fmt: skip
-
-
-def _plan(q, k, v, x, c_skip, c_out, is_causal):
-    """What the launch of these arguments went by."""
-    return ops.attention.attention_plan(q, k, v, x, c_skip, c_out, is_causal, False)
+    arguments = (q, k, v, x, c_skip, c_out, scale, is_causal, False, plan)
+    return run_on_device(attention_forward, [dtype], *arguments)[0]
 
 
 @torch.library.register_fake("rcmlib::attention")
@@ -190,18 +152,18 @@ def _(q, k, v, x, c_skip, c_out, scale, is_causal):
     return like.new_empty(batch, q_len, heads * head_dim)
 
 
-@operator
+@gradients.operator
 def _attention_saving(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, f, lse). Without x, out is f, and the second result is empty."""
-    ops.check_device("q", q.device)
+    from rcmlib.attention.forward import attention_forward
+
+    check_device("q", q.device)
     dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
-    return launch(
-        ops.attention.attention_forward, dtypes,
-        q, k, v, x, c_skip, c_out, scale, is_causal, True,
-    )  # fmt: skip
+    arguments = (q, k, v, x, *checks.as_launched(c_skip, c_out), scale, is_causal, True)
+    return run_on_device(attention_forward, dtypes, *arguments)
 
 
 @torch.library.register_fake("rcmlib::attention_saving")
@@ -214,15 +176,17 @@ def _(q, k, v, x, c_skip, c_out, scale, is_causal):
     return x.new_empty(tokens), q.new_empty(tokens), lse
 
 
-@operator
+@gradients.operator
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
     c_out: Tensor, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch(
-        ops.attention_backward.attention_backward, [q.dtype] * 3,
-        grad, q, k, v, lse, delta, c_out, scale, is_causal,
-    )  # fmt: skip
+    from rcmlib.attention.backward import attention_backward
+
+    arguments = (*checks.as_launched(c_out), scale, is_causal)
+    return run_on_device(
+        attention_backward, [q.dtype] * 3, grad, q, k, v, lse, delta, *arguments
+    )
 
 
 @torch.library.register_fake("rcmlib::attention_backward")
@@ -238,11 +202,9 @@ class _Attention(torch.autograd.Function):
     """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
 
     @staticmethod
-    @signed
+    @gradients.signed
     def forward(q, k, v, x, c_skip, c_out, scale, is_causal):
-        return torch.ops.rcmlib.attention_saving(
-            q, k, v, x, c_skip, c_out, scale, is_causal
-        )
+        return torch.ops.rcmlib.attention_saving(q, k, v, x, c_skip, c_out, scale, is_causal)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -253,25 +215,18 @@ class _Attention(torch.autograd.Function):
         ctx.residual = None if x is None else x.dtype
         x_needed = ctx.needs_input_grad[4]  # by the gradient of its coefficient
         ctx.save_for_backward(
-            q,
-            k,
-            v,
-            x if x_needed else None,
-            c_skip,
-            c_out,
-            out if x is None else f,
-            lse,
+            q, k, v, x if x_needed else None, c_skip, c_out, out if x is None else f, lse
         )
 
     @staticmethod
-    @once_differentiable
+    @gradients.once_differentiable
     def backward(ctx, grad, _f, _lse):
         if grad is None:  # what came after passed none on
             return (None,) * 8
         q, k, v, x, c_skip, c_out, f, lse = ctx.saved_tensors
         dx_wanted, *c_wanted = ctx.needs_input_grad[3:6]
-        grad = dense_rows(grad)
-        one = constant(1.0)
+        grad = gradients.dense_rows(grad)
+        one = checks.constant(1.0)
         c_skip, c_out = (one if c is None else c for c in (c_skip, c_out))
         # One pass over g: dx, the sums g·x, and δ, one number a row and head.
         dx, _, x_dots, delta = torch.ops.rcmlib.skip_backward(
@@ -284,9 +239,9 @@ class _Attention(torch.autograd.Function):
                 grad.to(q.dtype), q, k, v, lse, delta, c_out, ctx.scale, ctx.is_causal
             )
         return (
-            *wanted((dq, dk, dv, dx), ctx.needs_input_grad),
-            coefficient_grad(x_dots, c_skip) if c_wanted[0] else None,
-            coefficient_grad(delta, c_out) if c_wanted[1] else None,
+            *gradients.wanted((dq, dk, dv, dx), ctx.needs_input_grad),
+            gradients.coefficient_grad(x_dots, c_skip) if c_wanted[0] else None,
+            gradients.coefficient_grad(delta, c_out) if c_wanted[1] else None,
             None,
             None,
         )

@@ -1,33 +1,15 @@
-"""The Triton kernels, one idea a file. This page knows whether they can run, and where.
+"""What the operations share. This page knows where the kernels can run.
 
 It imports no Triton: coefficients, references and the PyTorch modules work on platforms that
 have none, and the kernel files are imported by the first call that launches one.
 """
 
 import functools
-import importlib
 import importlib.util
 import os
 import sys
 
 import torch
-
-LAUNCHERS = {
-    "attention": "attention.forward",
-    "attention_backward": "attention.backward",
-    "gate": "projection.gate",
-    "projection": "projection.kernel",
-    "quantize": "sage.quantize",
-    "sage_attention": "sage.kernel",
-    "skip": "skip.kernel",
-}
-
-
-def __getattr__(name: str):
-    """Imports a launcher's file at its first use as ops.NAME; later uses do not come here."""
-    if name in LAUNCHERS:
-        return importlib.import_module(f"rcmlib.{LAUNCHERS[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def set_interpreter_default() -> None:
@@ -77,3 +59,31 @@ def check_device(name: str, device: torch.device) -> None:
             "inputs to a CUDA device, or set TRITON_INTERPRET=1 before Python starts to "
             "interpret the kernels on the CPU (slow: small inputs only)"
         )
+
+
+# ---- what a GPU offers the kernels, by its compute capability ----
+
+assumed_capability = (9, 0)  # of what is no GPU: the interpreter follows an H100's paths
+
+
+def device_capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return assumed_capability
+    return torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device: torch.device) -> int | None:
+    """How many SMs a GPU has; None for what is no GPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def copy_engine(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Do tensor descriptors pay here? Where they feed wgmma (sm_90) or tcgen05 (sm_100)."""
+    return dtype != torch.float32 and capability[0] in (9, 10)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products are IEEE products; 16-bit operands have only one way."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,15 +1,12 @@
-"""What the operations share: the checks of their arguments, autocast, and the launch."""
+"""The checks of the operations' arguments, their coefficients, and autocast."""
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_tensor(name: str, t: Tensor, rank: int | None) -> None:
+def tensor(name: str, t: Tensor, rank: int | None) -> None:
     """TypeError or ValueError unless t is a non-empty tensor that the kernels can read."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
@@ -22,33 +19,31 @@ def check_tensor(name: str, t: Tensor, rank: int | None) -> None:
         raise ValueError(f"{name} must not be empty, got {dims(t)}")
 
 
-def check_like(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
+def like(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
     """t must share first's dtype and device."""
     if t.dtype != first.dtype:
-        raise TypeError(
-            f"{name} must have {first_name}'s dtype {first.dtype}, got {t.dtype}"
-        )
-    check_device_of(name, t, first_name, first)
+        raise TypeError(f"{name} must have {first_name}'s dtype {first.dtype}, got {t.dtype}")
+    _same_device(name, t, first_name, first)
 
 
-def check_residual(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
+def residual(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
     """What the skip carries may also stay in float32 beside 16-bit operands."""
     if t.dtype not in (first.dtype, torch.float32):
         also = "" if first.dtype == torch.float32 else " or torch.float32"
         raise TypeError(
             f"{name} must have {first_name}'s dtype {first.dtype}{also}, got {t.dtype}"
         )
-    check_device_of(name, t, first_name, first)
+    _same_device(name, t, first_name, first)
 
 
-def check_device_of(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
+def _same_device(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
     if t.device != first.device:
         raise ValueError(
             f"{name} must be on {first_name}'s device {first.device}, got {t.device}"
         )
 
 
-def check_contiguous_rows(name: str, t: Tensor) -> None:
+def contiguous_rows(name: str, t: Tensor) -> None:
     """The last dimension has to be contiguous; the others may have any strides."""
     if t.stride()[-1] != 1 and t.shape[-1] > 1:
         raise ValueError(
@@ -89,19 +84,20 @@ def _coefficient(name: str, c, x: Tensor) -> Tensor:
     if not c.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {c.dtype}")
     if c.ndim != 0 and (c.ndim != 1 or c.shape[0] != x.shape[0]):
-        raise ValueError(
-            f"{name} must be a number or of shape [{x.shape[0]}], got {dims(c)}"
-        )
+        raise ValueError(f"{name} must be a number or of shape [{x.shape[0]}], got {dims(c)}")
     if c.ndim == 1 and c.device != x.device:
-        raise ValueError(
-            f"{name} must be on the inputs' device {x.device}, got {c.device}"
-        )
+        raise ValueError(f"{name} must be on the inputs' device {x.device}, got {c.device}")
     return c
 
 
 def constant(c: float) -> Tensor:
     """A number as the kernels read it: on the CPU, whatever torch's default device is."""
     return torch.scalar_tensor(c, dtype=torch.float64, device="cpu")
+
+
+def as_launched(*coefficients: Tensor | None) -> tuple:
+    """As a launcher takes them: [B] tensors and gates as they are, constants as floats."""
+    return tuple(c.item() if c is not None and c.ndim == 0 else c for c in coefficients)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -114,41 +110,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t
-        for t in tensors
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in tensors
     )
-
-
-def launch(
-    launcher: Callable[..., Tensor | tuple[Tensor, ...]],
-    dtypes: Sequence[torch.dtype],
-    *args,
-) -> Tensor | tuple[Tensor, ...]:
-    """Runs a launcher on its first argument's device. Its results have these dtypes.
-
-    Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
-    on a CPU bfloat16 inputs are computed in float32 and the results are rounded.
-    """
-    first = args[0]
-    if first.is_cuda:
-        if first.get_device() == torch.cuda.current_device():
-            return launcher(*args)
-        with torch.cuda.device(first.device):  # Triton launches on the current device
-            return launcher(*args)
-    with np.errstate(all="ignore"):  # NaN and infinity are values, not accidents
-        results = launcher(*(_widened(a) for a in args))
-    if isinstance(results, Tensor):
-        return results.to(dtypes[0])
-    return tuple(r.to(dtype) for r, dtype in zip(results, dtypes, strict=True))
-
-
-def _widened(a):
-    if a is torch.bfloat16:
-        return torch.float32
-    if isinstance(a, Tensor) and a.dtype == torch.bfloat16:
-        # Contiguous: strides of a view that overlaps itself are not kept by a conversion.
-        return a.to(torch.float32, memory_format=torch.contiguous_format)
-    return a
 
 
 def dims(t: Tensor) -> str:

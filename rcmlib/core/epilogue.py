@@ -28,16 +28,3 @@ def load_coefficient(c, sample, PER_SAMPLE: tl.constexpr):
         return tl.load(c + sample).to(tl.float32)
     else:
         return c
-
-
-def kernel_coefficients(c_skip, c_out):
-    """(c_skip, c_out, PER_SAMPLE) as a launch wants them, from two tensors of one shape.
-
-    [B] tensors go in as pointers; 0-dimensional ones, which live on the CPU, as numbers. Two
-    floats are that already.
-    """
-    if isinstance(c_skip, float):
-        return c_skip, c_out, False
-    if c_skip.ndim == 0:
-        return c_skip.item(), c_out.item(), False
-    return c_skip, c_out, True

@@ -1,4 +1,4 @@
-"""What the operations' gradients share: who wants one, how often, and sums in float64."""
+"""What autograd and `torch.library` want: who needs a gradient, how often, and operators."""
 
 import functools
 import inspect
@@ -17,16 +17,13 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
-    )
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def wanted(values: Sequence, needs_input_grad: Sequence[bool]) -> tuple:
     """The values whose input wants a gradient, None for the others."""
     return tuple(
-        v if needed else None
-        for v, needed in zip(values, needs_input_grad, strict=False)
+        v if needed else None for v, needed in zip(values, needs_input_grad, strict=False)
     )
 
 
@@ -85,3 +82,32 @@ def dense_rows(grad: Tensor) -> Tensor:
 def coefficient_grad(dots: Tensor, c: Tensor) -> Tensor:
     """The kernels' partial sums [B, …] added up in float64, as the gradient of c [B]."""
     return dots.flatten(1).sum(1, dtype=torch.float64).to(c.dtype)
+
+
+# ---- the registered operators: torch.compile and the dispatcher know them ----
+
+LIBRARY = torch.library.Library("rcmlib", "DEF")
+
+
+def operator(function: Callable) -> Callable:
+    """Registers `_name` as the operator torch.ops.rcmlib.name, on every device.
+
+    The schema comes from the annotations; nothing is written to and no result is an argument.
+    `torch.library.custom_op` does the same, but wraps every call in Python, three times over,
+    and looks for aliases among its results; that takes longer than all checks of the input.
+    Gradients are the business of the functions that call the operators: a backward pass
+    through an operator itself raises an error.
+    """
+    name = function.__name__.removeprefix("_")
+    schema = torch.library.infer_schema(function, mutates_args=())
+    LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+    def backward(_context, *_gradients):
+        raise RuntimeError(
+            f"torch.ops.rcmlib.{name} has no autograd formula; call the function of rcmlib "
+            "that uses it"
+        )
+
+    torch.library.register_autograd(f"rcmlib::{name}", backward, lib=LIBRARY)
+    return function

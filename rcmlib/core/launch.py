@@ -1,50 +1,120 @@
-"""A launch is planned once for each layout of its tensors, and then repeated.
+"""Launches: planned once for each layout of their tensors, kept in one cache, and repeated.
 
 Grid, tile, strides and the compiled kernel follow from the tensors' layouts alone. Working
-them out, and having Triton bind some 30 arguments and look up what it compiled for them, takes
-longer than everything else in a call together. So plans are kept by layout (`by_layout`).
+them out, and having Triton bind its arguments and look up what it compiled for them, takes
+longer than everything else in a call together. So a launcher keeps its plans (`PLANS`) under a
+key that holds all a launch depends on (`key_of`).
+
+The checks of the input look at the same: types, dtypes, devices, shapes and strides, none of
+them at the numbers in a tensor. So a call whose key is in the cache would pass them again, and
+a public function goes straight to that plan, past the checks and the dispatcher; unless
+somebody wants to see the call: autograd, a tracer, a profiler (`call_key`).
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from torch.autograd import forward_ad, profiler
+from torch.nn import Parameter
 
-from rcmlib.core.layout import Layout, layout, layout_key
+# The dispatch keys that this thread adds to a tensor's own: torch.func's transforms, tracers
+# and dispatch modes each add one. These are the sets without any.
+_added_keys = torch._C._dispatch_tls_local_include_set
+UNWATCHED = {_added_keys().raw_repr()}
+with torch.inference_mode():
+    UNWATCHED.add(_added_keys().raw_repr())
+KEPT = 8192  # plans, then the cache starts anew
+PLANS: dict[tuple, object] = {}
 
-PLANS = 1024  # kept of each kind
 
+def key_of(kind: str, arguments: tuple, *options) -> tuple:
+    """Equal for calls of one kind with arguments of the same layouts and equal options.
 
-def by_layout(make: Callable) -> Callable:
-    """Calls `make` with layouts in place of tensors, once for each set of them.
-
-    A number becomes None: a launch does not depend on its value. The other arguments, to be
-    told apart by their values, are passed on.
+    arguments: tensors, None, and floats, on whose values no launch depends. options: by type
+    and value (True equals 1). It is flat, which is built and hashed fastest. Still no two
+    lists of arguments share one: an argument's first entry tells how many follow.
     """
-    plans = {}
-
-    @functools.wraps(make)
-    def find(*arguments):
-        key = layout_key(arguments)
-        plan = plans.get(key)
-        if plan is None:
-            plan = make(*map(_planned_for, arguments))
-            if len(plans) >= PLANS:
-                plans.clear()
-            plans[key] = plan
-        return plan
-
-    find.cache_clear = plans.clear
-    return find
+    key = [kind]
+    for a in arguments:
+        if isinstance(a, Tensor):
+            # Triton compiles for addresses in multiples of 16 bytes, or for any.
+            key += (a.dtype, a.device, a.shape, a.stride(), a.data_ptr() % 16 == 0)
+        else:
+            key.append(type(a))
+    return (*key, *map(type, options), *options)
 
 
-def _planned_for(a):
-    if isinstance(a, Tensor):
-        return layout(a)
-    return None if isinstance(a, float) else a
+def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
+    """The key of the launch that a public call would end in; None if it has to go there.
+
+    Inside torch.compile it has to: a graph must not depend on what is known.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _added_keys().raw_repr() not in UNWATCHED
+        or torch._C._is_torch_function_mode_enabled()
+        or profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+    ):
+        return None
+    training = torch.is_grad_enabled()
+    for a in arguments:
+        kind_of_a = type(a)
+        if kind_of_a is Tensor or kind_of_a is Parameter:
+            # A lazily negated tensor is negated by the dispatcher.
+            if a.is_neg() or (training and a.requires_grad):
+                return None
+        elif kind_of_a is not float and a is not None:
+            return None
+    try:
+        key = key_of(kind, arguments, *options)
+        hash(key)  # TypeError for an option that has none
+        return key
+    except (RuntimeError, TypeError):  # a tensor without strides, or memory of its own
+        return None
+
+
+def planned(key: tuple, make: Callable[[], object]):
+    """The plan under this key; `make` is called if there is none. It keeps no tensor."""
+    plan = PLANS.get(key)
+    if plan is None:
+        if len(PLANS) >= KEPT:
+            PLANS.clear()
+        plan = PLANS[key] = make()
+    return plan
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much of attention one program holds, and with how many warps and buffers."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None  # the most registers a thread may have (None: no limit)
+    two: bool = False  # a program owns two blocks of block_m queries
+    fixed: bool = False  # all weights are relative to the last tiles' maximum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(Tile):
+    """How an attention kernel is compiled: its constants, as one argument."""
+
+    head_dim: int
+    block_d: int  # head_dim, or the next power of two
+    tma: bool  # the copy engine reads the tensors
+    causal: bool
+    ragged: bool  # the last tile of keys is not full
+    per_sample: bool  # coefficients are [B], not numbers
+    precision: str = "tf32"  # of float32 products
 
 
 class Box(NamedTuple):
@@ -58,25 +128,23 @@ class Box(NamedTuple):
 class Plan:
     """kernel[grid](*tensors, *numbers, **constants), for any tensors of the same layouts.
 
-    boxes: of the first tensors, which go in as descriptors for the copy engine.
+    numbers: integers and tuples of them. boxes: of the first tensors, which go in as
+    descriptors for the copy engine. A constant HOW, such as a Variant, says how many warps
+    and stages there are.
 
     The first launch is Triton's own, which compiles the kernel or finds it. It returns what
     ran, and later launches run that: launch hooks work as ever, pre-run hooks and changes of
     `triton.knobs` come too late. Interpreted kernels are launched by Triton every time.
     """
 
-    def __init__(
-        self,
-        kernel,
-        programs: int,
-        *numbers,
-        boxes: tuple[Box, ...] = (),
-        **constants,
-    ):
+    def __init__(self, kernel, programs: int, *numbers, boxes: Sequence[Box] = (), **constants):
         self.kernel = kernel
         self.grid = (programs, 1, 1)
         self.numbers = numbers
         self.boxes = boxes
+        if how := constants.get("HOW"):
+            constants |= {"num_warps": how.num_warps, "num_stages": how.num_stages}
+            constants["maxnreg"] = getattr(how, "maxnreg", None)
         self.constants = constants
         self.run = None
         # As the compiled kernel takes them, by position.
@@ -87,8 +155,7 @@ class Plan:
         """tensors: the kernel's first arguments; tensors, None, and floats, on whose values
         Triton never specialises. On the current stream of the current device."""
         if self.boxes:
-            boxed = map(_Descriptor, tensors, self.boxes)
-            tensors = (*boxed, *tensors[len(self.boxes) :])
+            tensors = self.boxed(tensors)
         if self.run is None:
             launch = self.kernel[self.grid]
             compiled = launch(*tensors, *self.numbers, **self.constants)
@@ -97,38 +164,80 @@ class Plan:
         else:
             self.run(*tensors, *self.rest)
 
-
-class _Descriptor(TensorDescriptor):
-    """Without the checks at every call. Planning makes sure of what they ask."""
-
-    def __init__(self, base: Tensor, box: Box):
-        self.base = base
-        self.shape, self.strides, self.block_shape = box
+    def boxed(self, tensors: tuple) -> tuple:
+        described = map(_descriptor_class(), tensors, self.boxes)
+        return (*described, *tensors[len(self.boxes) :])
 
 
-def descriptors_allowed(*layouts: Layout) -> bool:
+@functools.cache
+def _descriptor_class() -> type:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    class Descriptor(TensorDescriptor):
+        """Without the checks at every call. Planning makes sure of what they ask."""
+
+        def __init__(self, base: Tensor, box: Box):
+            self.base = base
+            self.shape, self.strides, self.block_shape = box
+
+    return Descriptor
+
+
+def descriptors_allowed(*tensors: Tensor) -> bool:
     """Can the copy engine address these? Base and strides in multiples of 16 bytes."""
     return all(
-        t.aligned
+        t.data_ptr() % 16 == 0
         and all(
-            stride > 0 and stride * t.dtype.itemsize % 16 == 0
-            for stride, size in zip(t.strides[:-1], t.shape[:-1], strict=True)
+            stride > 0 and stride * t.itemsize % 16 == 0
+            for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True)
             if size > 1
         )
-        for t in layouts
+        for t in tensors
     )
 
 
-def box_of_rows(t: Layout, rows: int, block_d: int) -> Box:
+def box_of_rows(t: Tensor, rows: int, cols: int) -> Box:
     """A tensor [B, H, N, D] as boxes of `rows` tokens of one head."""
     # The stride of a dimension of size 1 is never used, but has to look aligned.
-    strides = [
-        s if n > 1 else 16 for s, n in zip(t.strides[:-1], t.shape[:-1], strict=True)
-    ]
-    return Box(list(t.shape), [*strides, 1], [1, 1, rows, block_d])
+    strides = [s if n > 1 else 16 for s, n in zip(t.stride(), t.shape, strict=True)]
+    return Box(list(t.shape), [*strides[:-1], 1], [1, 1, rows, cols])
 
 
-def box_of_matrix(t: Layout, block: list[int]) -> Box:
+def boxes_of_rows(tensors, rows, cols: int) -> tuple[Box, ...]:
+    return tuple(box_of_rows(t, r, cols) for t, r in zip(tensors, rows, strict=True))
+
+
+def box_of_matrix(t: Tensor, block: list[int]) -> Box:
     """A contiguous tensor as a matrix: all its rows below one another."""
     cols = t.shape[-1]
     return Box([math.prod(t.shape[:-1]), cols], [cols, 1], block)
+
+
+def run_on_device(
+    launcher: Callable[..., Tensor | tuple[Tensor, ...]], dtypes: Sequence[torch.dtype], *args
+) -> Tensor | tuple[Tensor, ...]:
+    """Runs a launcher on its first argument's device. Its results have these dtypes.
+
+    Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
+    on a CPU bfloat16 inputs are computed in float32 and the results are rounded.
+    """
+    first = args[0]
+    if first.is_cuda:
+        if first.get_device() == torch.cuda.current_device():
+            return launcher(*args)
+        with torch.cuda.device(first.device):  # Triton launches on the current device
+            return launcher(*args)
+    with np.errstate(all="ignore"):  # NaN and infinity are values, not accidents
+        results = launcher(*(_widened(a) for a in args))
+    if isinstance(results, Tensor):
+        return results.to(dtypes[0])
+    return tuple(r.to(dtype) for r, dtype in zip(results, dtypes, strict=True))
+
+
+def _widened(a):
+    if a is torch.bfloat16:
+        return torch.float32
+    if isinstance(a, Tensor) and a.dtype == torch.bfloat16:
+        # Contiguous: strides of a view that overlaps itself are not kept by a conversion.
+        return a.to(torch.float32, memory_format=torch.contiguous_format)
+    return a

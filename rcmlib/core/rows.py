@@ -3,13 +3,31 @@
 Used by every attention kernel: forward, backward and 8-bit.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 
+class Rows(NamedTuple):
+    """The rows of a tensor [B, H, N, D]."""
+
+    source: tl.tensor  # its pointer, or its descriptor
+    strides: tl.tuple  # between samples, heads and rows
+    length: tl.tensor  # N
+
+
+class Place(NamedTuple):
+    """A block of rows: its sample, its head, its first row."""
+
+    sample: tl.tensor
+    head: tl.tensor
+    row: tl.tensor
+
+
 @triton.jit
 def own_rows(heads, q_len, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    """(sample, head, first query) of this program.
+    """The Place of this program's queries.
 
     Neighbouring programs share a head, hence its keys and values in L2.
     """
@@ -18,43 +36,55 @@ def own_rows(heads, q_len, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
     tile = pid % tiles
     if CAUSAL:
         tile = tiles - 1 - tile  # longest rows first: no straggler ends the launch
-    return pid // tiles // heads, pid // tiles % heads, tile * BLOCK_M
+    return Place(pid // tiles // heads, pid // tiles % heads, tile * BLOCK_M)
 
 
 @triton.jit
-def load_rows(src, b, h, row, length, stride_b, stride_h, stride_n,
-              ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """Rows row … row + ROWS of head (b, h) as [ROWS, BLOCK_D], zeros outside the tensor.
+def load_rows(rows, at, row, COUNT: tl.constexpr, HOW: tl.constexpr, MASK: tl.constexpr):
+    """Rows row … row + COUNT of a head as [COUNT, block_d], zeros outside the tensor.
 
-    src is a tensor descriptor (TMA: the copy engine computes addresses and bounds) or a
-    pointer. MASK says that rows may lie beyond `length`.
+    HOW: a `launch.Variant`. With HOW.tma the copy engine computes addresses and bounds. MASK says that rows may lie
+    beyond the tensor's last.
     """
-    if TMA:
-        return src.load([b, h, row, 0]).reshape(ROWS, BLOCK_D)
+    BLOCK_D: tl.constexpr = HOW.block_d
+    if HOW.tma:
+        tile = rows.source.load([at.sample, at.head, row, 0])
+        return tile.reshape(COUNT, BLOCK_D)
     else:
-        r = tl.arange(0, ROWS)[:, None].to(tl.int64)
+        r = tl.arange(0, COUNT)[:, None].to(tl.int64)
         d = tl.arange(0, BLOCK_D)[None, :]
-        head = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
-        tile = src + head + tl.cast(row, tl.int64) * stride_n + (r * stride_n + d)
+        stride_b, stride_h, stride_n = rows.strides
+        head = tl.cast(at.sample, tl.int64) * stride_b + tl.cast(at.head, tl.int64) * stride_h
+        tile = rows.source + head + tl.cast(row, tl.int64) * stride_n
+        tile += r * stride_n + d
         if MASK:
-            return tl.load(tile, mask=(row + r < length) & (d < D), other=0.0)
-        elif D < BLOCK_D:
-            return tl.load(tile, mask=d < D, other=0.0)
+            inside = (row + r < rows.length) & (d < HOW.head_dim)
+            return tl.load(tile, mask=inside, other=0.0)
+        elif HOW.head_dim < BLOCK_D:
+            return tl.load(tile, mask=d < HOW.head_dim, other=0.0)
         else:
             return tl.load(tile)
 
 
 @triton.jit
-def key_range(kv_len, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-              CAUSAL: tl.constexpr):  # fmt: skip
+def key_range(kv_len, first_row, ROWS: tl.constexpr, HOW: tl.constexpr):
     """(whole, stop): tiles in [0, whole) need no mask, those in [whole, stop) do.
 
-    They hold the last keys, or the causal diagonal.
+    They hold the last keys, or the causal diagonal of ROWS queries.
     """
-    whole = kv_len // BLOCK_N * BLOCK_N
+    whole = kv_len // HOW.block_n * HOW.block_n
     stop = kv_len
-    if CAUSAL:
-        whole = tl.minimum(whole, first_row // BLOCK_N * BLOCK_N)
-        stop = tl.minimum(stop, first_row + BLOCK_M)
+    if HOW.causal:
+        whole = tl.minimum(whole, first_row // HOW.block_n * HOW.block_n)
+        stop = tl.minimum(stop, first_row + ROWS)
     return whole, stop
+
+
+@triton.jit
+def mask_scores(s, j, first_row, kv_len, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr):
+    """s, the scores of rows first_row … and keys j …, with HIDDEN where a key is not seen."""
+    cols = j + tl.arange(0, s.shape[1])[None, :]
+    visible = cols < kv_len
+    if CAUSAL:
+        visible &= cols <= first_row + tl.arange(0, s.shape[0])[:, None]
+    return tl.where(visible, s, HIDDEN)

@@ -17,11 +17,7 @@ from torch import Tensor, nn
 
 from rcmlib.attention import HEAD_DIMS
 from rcmlib.core.checks import DTYPES
-from rcmlib.modules import (
-    BaselineRCMAttention,
-    FusedRCMAttention,
-    TritonFusedRCMAttention,
-)
+from rcmlib.modules import BaselineRCMAttention, FusedRCMAttention, TritonFusedRCMAttention
 from rcmlib.wan import FusedWanBlock, WanBlock, WanSelfAttention
 
 
@@ -58,9 +54,7 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         head = f"{len(self.replaced)} replaced, {len(self.left)} left"
-        cells = [
-            (row.name or "(the model)", row.kind, row.outcome) for row in self.rows
-        ]
+        cells = [(row.name or "(the model)", row.kind, row.outcome) for row in self.rows]
         if not cells:
             return head
         name, kind = (max(len(row[i]) for row in cells) for i in range(2))
@@ -138,21 +132,11 @@ RECIPES = {
     BaselineRCMAttention: _Recipe(TritonFromBaseline, {"proj": nn.Linear}, "proj"),
     FusedRCMAttention: _Recipe(TritonFromFused, {"proj": nn.Linear}, "proj"),
     WanBlock: _Recipe(
-        FusedWanBlock,
-        {
-            "self_attn": WanSelfAttention,
-            "self_attn.o": nn.Linear,
-        },
-        "self_attn.o",
+        FusedWanBlock, {"self_attn": WanSelfAttention, "self_attn.o": nn.Linear}, "self_attn.o"
     ),
 }
 FUSED = (TritonFusedRCMAttention, *(recipe.fused for recipe in RECIPES.values()))
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _known(module: nn.Module) -> type[nn.Module] | None:
@@ -202,9 +186,7 @@ def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str | None:
     return None
 
 
-def _why_not_bypass(
-    name: str, part: nn.Module | None, expected: type[nn.Module]
-) -> str | None:
+def _why_not_bypass(name: str, part: nn.Module | None, expected: type[nn.Module]) -> str | None:
     if type(part) is not expected:
         came = "missing" if part is None else f"a {type(part).__name__}"
         return f"{name} is {came}, not a plain {expected.__name__}"

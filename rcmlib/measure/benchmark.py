@@ -196,10 +196,7 @@ def check(
 
 
 def case(
-    name: str,
-    sizes: dict,
-    times: dict[str, timing.Timing],
-    checked: Checked | None = None,
+    name: str, sizes: dict, times: dict[str, timing.Timing], checked: Checked | None = None
 ) -> dict:
     """A record's case: what was run, what `check` found, and the times of what ran."""
     found = {"errors": checked.errors, "failed": checked.failed} if checked else {}

@@ -128,9 +128,7 @@ def alone(attend: Callable[..., Tensor], inputs: Inputs) -> Run:
     return partial(attend, *inputs[:3])
 
 
-def two_pass(
-    attend: Callable[..., Tensor], skip: Callable[..., Tensor], inputs: Inputs
-) -> Run:
+def two_pass(attend: Callable[..., Tensor], skip: Callable[..., Tensor], inputs: Inputs) -> Run:
     q, k, v, x, c_skip, c_out = inputs
     return lambda: skip(x, attend(q, k, v), c_skip, c_out)
 
@@ -144,9 +142,7 @@ def one_call(function: Callable[..., Tensor], inputs: Inputs) -> Run:
 
 
 def flex_compiled(inputs: Inputs) -> Run:
-    return partial(
-        torch.compile(flex_then_skip, dynamic=False, fullgraph=True), *inputs
-    )
+    return partial(torch.compile(flex_then_skip, dynamic=False, fullgraph=True), *inputs)
 
 
 def sage_one_compiled(inputs: Inputs) -> Run:
@@ -216,10 +212,7 @@ class Implementation(NamedTuple):
     colour: str  # in figures; told apart by the colour-blind, too
     build: Callable[[Inputs], Run]
     passes: tuple[tuple[str, str, str], ...] = ()  # what it moves; (): not counted
-    products: tuple[str, str] = (
-        "bf16",
-        "bf16",
-    )  # of q kᵀ and of p v; float16 has bf16's rate
+    products: tuple[str, str] = ("bf16", "bf16")  # of q kᵀ and of p v; float16 has bf16's rate
     bound: float = 0.01  # the relative L2 error from which on it counts as wrong
     skip: bool = True  # False: attention alone
     package: str | None = None  # that has to be installed for it

@@ -12,13 +12,7 @@ derives the counts, and chapter 12 holds them against the hardware's counters.
 
 from typing import NamedTuple
 
-from rcmlib.measure.implementations import (
-    ATTENTION,
-    EAGER,
-    FUSED,
-    IMPLEMENTATIONS,
-    SKIP,
-)
+from rcmlib.measure.implementations import ATTENTION, EAGER, FUSED, IMPLEMENTATIONS, SKIP
 
 
 class Pass(NamedTuple):
@@ -112,25 +106,19 @@ def pipeline(
     """
     numbers = batch * heads * tokens * dim
     other = dict.fromkeys(("q8", "k8", "v8"), numbers)
-    other |= dict.fromkeys(
-        ("S", "scaled", "P"), batch * heads * tokens * tokens * itemsize
-    )
+    other |= dict.fromkeys(("S", "scaled", "P"), batch * heads * tokens * tokens * itemsize)
     return _passes(numbers * itemsize, *PIPELINES[label], other=other)
 
 
 # ---- the layer's counts, in tensors of one size: batch × tokens × channels × itemsize ----
 
 
-def two_pass_eager(
-    batch: int, tokens: int, channels: int, itemsize: int = 2
-) -> list[Pass]:
+def two_pass_eager(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
     """Attention, then c_skip·x + c_out·F as PyTorch runs it: two products and a sum."""
     return _passes(batch * tokens * channels * itemsize, ATTENTION, *EAGER)
 
 
-def two_pass_compiled(
-    batch: int, tokens: int, channels: int, itemsize: int = 2
-) -> list[Pass]:
+def two_pass_compiled(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
     """Attention, then the skip as one kernel (torch.compile's, or `rcmlib.rcm_skip`)."""
     return _passes(batch * tokens * channels * itemsize, ATTENTION, SKIP)
 
@@ -143,24 +131,18 @@ def fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pas
 PROJECTION = ("QKV projection", "x", "q k v")
 
 
-def published_two_pass(
-    batch: int, tokens: int, channels: int, itemsize: int = 2
-) -> list[Pass]:
+def published_two_pass(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
     """The 11 of the published 11 → 8 count: it includes the QKV projection."""
     return _passes(batch * tokens * channels * itemsize, PROJECTION, ATTENTION, SKIP)
 
 
-def published_fused(
-    batch: int, tokens: int, channels: int, itemsize: int = 2
-) -> list[Pass]:
+def published_fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
     """The 8 of that count: it takes x to be free in the fused pass."""
     free_x = ("attention + skip", "q k v", "out")
     return _passes(batch * tokens * channels * itemsize, PROJECTION, free_x)
 
 
-def honest_fused(
-    batch: int, tokens: int, channels: int, itemsize: int = 2
-) -> list[Pass]:
+def honest_fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
     """The same pipeline with x read again where it is used: 9."""
     return _passes(batch * tokens * channels * itemsize, PROJECTION, FUSED)
 

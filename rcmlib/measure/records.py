@@ -22,18 +22,14 @@ class Records:
         """One record: name, what, provenance, method, cases. FileNotFoundError if absent."""
         path = self.folder / f"{name}.json"
         if not path.exists():
-            raise FileNotFoundError(
-                f"no record {name!r}; there are: {', '.join(self.names())}"
-            )
+            raise FileNotFoundError(f"no record {name!r}; there are: {', '.join(self.names())}")
         return json.loads(path.read_text())
 
     def case(self, name: str, case_name: str) -> dict:
         """One case of a record: its shape, and the results of its implementations."""
         cases = {c["name"]: c for c in self.record(name)["cases"]}
         if case_name not in cases:
-            raise KeyError(
-                f"record {name!r} has no case {case_name!r}: {', '.join(cases)}"
-            )
+            raise KeyError(f"record {name!r} has no case {case_name!r}: {', '.join(cases)}")
         return cases[case_name]
 
     def median_ms(self, name: str, case_name: str, label: str) -> float:

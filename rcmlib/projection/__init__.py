@@ -3,30 +3,8 @@
 import torch
 from torch import Tensor
 
-from rcmlib import core as ops
-from rcmlib.core.checks import (
-    autocast,
-    check_contiguous_rows,
-    check_like,
-    check_residual,
-    check_tensor,
-    coefficients,
-    constant,
-    dims,
-    launch,
-)
-from rcmlib.core.gradients import (
-    coefficient_grad,
-    dense_rows,
-    once_differentiable,
-    signed,
-    wanted,
-    wants_grad,
-)
-from rcmlib.core.operators import operator
-from rcmlib.core.repeats import Repeats, call_key, same
-
-REPEATS = Repeats()  # with their plans
+from rcmlib.core import check_device, checks, gradients
+from rcmlib.core.launch import PLANS, call_key, run_on_device
 
 
 def rcm_projection(
@@ -55,17 +33,12 @@ def rcm_projection(
     Specification: `rcmlib.reference.rcm_projection`. Equation: rCM, arXiv 2510.08431.
     """
     arguments = (a, weight, bias, x, c_skip, c_out)
-    key = call_key(arguments)
-    plan = REPEATS.find(key)
+    plan = PLANS.get(call_key("rcm_projection", arguments, False))
     if plan is not None:
         return _launch_projection(*arguments, False, plan)[0]
-    a, weight, bias = autocast(a, weight, bias)
+    a, weight, bias = checks.autocast(a, weight, bias)
     _check_projection(a, weight, bias, x)
-    checked = coefficients(c_skip, c_out, x)
-    out = _project(a, weight, bias, x, *checked)
-    if same(c_skip, c_out, checked):
-        REPEATS.add(key, lambda: ops.projection.projection_plan(*arguments, False))
-    return out
+    return _project(a, weight, bias, x, *checks.coefficients(c_skip, c_out, x))
 
 
 def gated_projection(
@@ -79,80 +52,78 @@ def gated_projection(
     result is x, bit for bit. A call that wants the gate's gradient saves F.
     Specification: `rcmlib.reference.gated_projection`.
     """
-    key = call_key((a, weight, bias, x, gate))
-    arguments = (a, weight, bias, x, 1.0, gate, False)
-    plan = REPEATS.find(key)
+    arguments = (a, weight, bias, x, 1.0, gate)
+    plan = PLANS.get(call_key("gated_projection", arguments, False))
     if plan is not None:
-        return _launch_projection(*arguments, plan)[0]
-    a, weight, bias = autocast(a, weight, bias)
+        return _launch_projection(*arguments, False, plan)[0]
+    a, weight, bias = checks.autocast(a, weight, bias)
     _check_projection(a, weight, bias, x)
-    check_tensor("gate", gate, rank=None)
-    check_residual("gate", gate, "a", a)
+    checks.tensor("gate", gate, rank=None)
+    checks.residual("gate", gate, "a", a)
     batch, tokens, cols = x.shape
     if gate.shape not in ((batch, cols), (batch, tokens, cols)):
         raise ValueError(
-            f"gate must be [B, C] = [{batch}, {cols}] or [B, N, C] = {dims(x)}, "
-            f"got {dims(gate)}"
+            f"gate must be [B, C] = [{batch}, {cols}] or [B, N, C] = {checks.dims(x)}, "
+            f"got {checks.dims(gate)}"
         )
-    check_contiguous_rows("gate", gate)
-    out = _project(a, weight, bias, x, constant(1.0), gate)
-    REPEATS.add(key, lambda: ops.projection.projection_plan(*arguments))
-    return out
+    checks.contiguous_rows("gate", gate)
+    return _project(a, weight, bias, x, checks.constant(1.0), gate)
 
 
 def _project(a, weight, bias, x, c_skip, c_out) -> Tensor:
-    arguments = (a, weight, bias, x, c_skip, c_out, wants_grad(c_out))
-    if wants_grad(*arguments[:6]):
+    arguments = (a, weight, bias, x, c_skip, c_out, gradients.wants_grad(c_out))
+    if gradients.wants_grad(*arguments[:6]):
         return _Projection.apply(*arguments)[0]
     return torch.ops.rcmlib.projection(*arguments)[0]
 
 
 def _check_projection(a, weight, bias, x) -> None:
-    check_tensor("a", a, rank=3)
-    check_tensor("weight", weight, rank=2)
-    check_like("weight", weight, "a", a)
+    checks.tensor("a", a, rank=3)
+    checks.tensor("weight", weight, rank=2)
+    checks.like("weight", weight, "a", a)
     if weight.shape[1] != a.shape[2]:
         raise ValueError(
-            f"weight must be [C, K] with a's K = {a.shape[2]}, got {dims(weight)}"
+            f"weight must be [C, K] with a's K = {a.shape[2]}, got {checks.dims(weight)}"
         )
     cols = weight.shape[0]
     if bias is not None:
-        check_tensor("bias", bias, rank=1)
-        check_like("bias", bias, "a", a)
+        checks.tensor("bias", bias, rank=1)
+        checks.like("bias", bias, "a", a)
         if bias.shape != (cols,):
-            raise ValueError(f"bias must be None or [C] = [{cols}], got {dims(bias)}")
-    check_tensor("x", x, rank=3)
-    check_residual("x", x, "a", a)
+            raise ValueError(f"bias must be None or [C] = [{cols}], got {checks.dims(bias)}")
+    checks.tensor("x", x, rank=3)
+    checks.residual("x", x, "a", a)
     if x.shape != (*a.shape[:2], cols):
         batch, tokens, _ = a.shape
         raise ValueError(
-            f"x must be [B, N, C] = [{batch}, {tokens}, {cols}], got {dims(x)}"
+            f"x must be [B, N, C] = [{batch}, {tokens}, {cols}], got {checks.dims(x)}"
         )
     for name, t in (("a", a), ("weight", weight), ("bias", bias), ("x", x)):
         if t is not None:
-            check_contiguous_rows(name, t)
+            checks.contiguous_rows(name, t)
 
 
 # ---- the registered operators: torch.compile and opcheck see these ----
 
 
-@operator
+@gradients.operator
 def _projection(
     a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor,
     c_skip: Tensor, c_out: Tensor, save_f: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, f); f is empty unless save_f. c_out may be a gate, beside c_skip = 1."""
-    ops.check_device("a", a.device)
-    return _launch_projection(a, weight, bias, x, c_skip, c_out, save_f)
+    check_device("a", a.device)
+    c = checks.as_launched(c_skip, c_out)
+    return _launch_projection(a, weight, bias, x, *c, save_f, None)
 
 
 def _launch_projection(
-    a, weight, bias, x, c_skip, c_out, save_f, plan=None
+    a, weight, bias, x, c_skip, c_out, save_f, plan
 ) -> tuple[Tensor, Tensor]:
-    return launch(
-        ops.projection.projection_forward, (x.dtype, a.dtype),
-        a, weight, bias, x, c_skip, c_out, save_f, plan,
-    )  # fmt: skip
+    from rcmlib.projection.kernel import projection_forward
+
+    arguments = (a, weight, bias, x, c_skip, c_out, save_f, plan)
+    return run_on_device(projection_forward, (x.dtype, a.dtype), *arguments)
 
 
 @torch.library.register_fake("rcmlib::projection")
@@ -160,12 +131,14 @@ def _(a, weight, bias, x, c_skip, c_out, save_f):
     return x.new_empty(x.shape), a.new_empty(x.shape if save_f else (0,))
 
 
-@operator
+@gradients.operator
 def _gate_backward(
     grad: Tensor, f: Tensor | None, gate: Tensor, df_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
+    from rcmlib.projection.gate import gate_backward
+
     dtypes = (df_dtype or grad.dtype, gate.dtype)
-    return launch(ops.gate.gate_backward, dtypes, grad, f, gate, df_dtype)
+    return run_on_device(gate_backward, dtypes, grad, f, gate, df_dtype)
 
 
 @torch.library.register_fake("rcmlib::gate_backward")
@@ -178,7 +151,7 @@ class _Projection(torch.autograd.Function):
     """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
 
     @staticmethod
-    @signed
+    @gradients.signed
     def forward(a, weight, bias, x, c_skip, c_out, save_f):
         return torch.ops.rcmlib.projection(a, weight, bias, x, c_skip, c_out, save_f)
 
@@ -200,19 +173,19 @@ class _Projection(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @gradients.once_differentiable
     def backward(ctx, grad, _f):
         if grad is None:  # what came after passed none on
             return (None,) * 7
         a, weight, x, f, c_skip, c_out = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        grad = dense_rows(grad)
-        x_dtype, f_dtype = wanted(ctx.dtypes, (needed[3], any(needed[:3])))
+        grad = gradients.dense_rows(grad)
+        x_dtype, f_dtype = gradients.wanted(ctx.dtypes, (needed[3], any(needed[:3])))
         if c_out.ndim < 2:
             dx, df, x_dots, f_dots = torch.ops.rcmlib.skip_backward(
                 grad, x, f, c_skip, c_out, None, x_dtype, f_dtype
             )
-            dc_out = coefficient_grad(f_dots, c_out) if needed[5] else None
+            dc_out = gradients.coefficient_grad(f_dots, c_out) if needed[5] else None
         else:  # a gate, beside c_skip = 1
             dx = grad
             df, dc_out = torch.ops.rcmlib.gate_backward(grad, f, c_out, f_dtype)
@@ -221,7 +194,7 @@ class _Projection(torch.autograd.Function):
             df.flatten(0, 1).mT @ a.flatten(0, 1) if needed[1] else None,
             df.sum((0, 1)) if needed[2] else None,
             dx if needed[3] else None,
-            coefficient_grad(x_dots, c_skip) if needed[4] else None,
+            gradients.coefficient_grad(x_dots, c_skip) if needed[4] else None,
             dc_out if needed[5] else None,
             None,
         )

@@ -11,23 +11,22 @@ import torch
 import triton
 import triton.language as tl
 
-from rcmlib.core.launch import Plan, by_layout
-from rcmlib.core.layout import Layout
+from rcmlib.core import launch
 
 
 @triton.jit
-def load_gate(gate, b, n, c, inside, stride_b, stride_n, PER_TOKEN: tl.constexpr):
+def load_gate(gate, b, n, c, inside, strides, PER_TOKEN: tl.constexpr):
     """The gate of a tile in float32: [BLOCK_M, BLOCK_N], or [1, BLOCK_N] for all tokens."""
-    row = gate + tl.cast(b, tl.int64) * stride_b + c
+    row = gate + tl.cast(b, tl.int64) * strides[0] + c
     if PER_TOKEN:
-        return tl.load(row + n * stride_n, mask=inside, other=0.0).to(tl.float32)
+        return tl.load(row + n * strides[1], mask=inside, other=0.0).to(tl.float32)
     else:
         return tl.load(row, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
-                         stride_gb, stride_gn, stride_cb, stride_cn,
+                         g_strides, c_strides,
                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                          PER_TOKEN: tl.constexpr):  # fmt: skip
     """df = gate·g and dgate = g·f, each if not None. Unless the gate is PER_TOKEN, dgate is
@@ -41,12 +40,12 @@ def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
     c = (pid % col_tiles * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     inside = (n < rows) & (c < cols)
     b64, n64 = tl.cast(b, tl.int64), n.to(tl.int64)
-    g = tl.load(grad + b64 * stride_gb + n64 * stride_gn + c, mask=inside, other=0.0)
+    g = tl.load(grad + b64 * g_strides[0] + n64 * g_strides[1] + c, mask=inside, other=0.0)
     g = g.to(tl.float32)
     here = (b64 * rows + n64) * cols + c
     if df is not None:
         scale = load_gate(gate, b, n64, c, inside if PER_TOKEN else c < cols,
-                          stride_cb, stride_cn, PER_TOKEN)  # fmt: skip
+                          c_strides, PER_TOKEN)  # fmt: skip
         tl.store(df + here, (scale * g).to(df.dtype.element_ty), mask=inside)
     if f is not None:
         product = g * tl.load(f + here, mask=inside, other=0.0).to(tl.float32)
@@ -60,14 +59,13 @@ def gate_backward_kernel(grad, f, gate, df, dgate, rows, cols,
 ROWS, COLS = 32, 128  # of one program's tile
 
 
-@by_layout
-def gate_backward_plan(grad, f, gate, df_dtype) -> Plan:
-    """The launch of `gate_backward_kernel` for these layouts."""
+def gate_backward_plan(grad: torch.Tensor, gate: torch.Tensor) -> launch.Plan:
+    """The launch of `gate_backward_kernel` for tensors like these."""
     batch, rows, cols = grad.shape
-    return Plan(
+    return launch.Plan(
         gate_backward_kernel, batch * triton.cdiv(rows, ROWS) * triton.cdiv(cols, COLS),
-        rows, cols, *grad.strides[:2], *strides_of_gate(gate),
-        BLOCK_R=ROWS, BLOCK_C=COLS, PER_TOKEN=len(gate.shape) == 3,
+        rows, cols, grad.stride()[:2], gate_strides(gate),
+        BLOCK_R=ROWS, BLOCK_C=COLS, PER_TOKEN=gate.ndim == 3,
     )  # fmt: skip
 
 
@@ -89,13 +87,14 @@ def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         shape = batch, triton.cdiv(rows, ROWS), cols
         dgate = result(f is not None, shape, torch.float32)
-    plan = gate_backward_plan(grad, f, gate, df_dtype)
+    key = launch.key_of("gate_backward", (grad, f, gate), df_dtype)
+    plan = launch.planned(key, lambda: gate_backward_plan(grad, gate))
     plan.launch(grad, f, gate, df if df_dtype else None, dgate)
     if f is not None and not per_token:
         dgate = dgate.sum(1, dtype=torch.float64).to(gate.dtype)
     return df, dgate
 
 
-def strides_of_gate(gate: Layout) -> tuple[int, int]:
+def gate_strides(gate: torch.Tensor) -> tuple[int, int]:
     """Between samples and between tokens (0 for a gate [B, C]: all tokens share it)."""
-    return gate.strides[0], gate.strides[1] if len(gate.shape) == 3 else 0
+    return gate.stride(0), gate.stride(1) if gate.ndim == 3 else 0

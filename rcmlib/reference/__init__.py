@@ -30,9 +30,7 @@ def probabilities(q: Tensor, k: Tensor, scale: float, is_causal: bool) -> Tensor
     """softmax(q kᵀ·scale) in float64, [B, H, Nq, Nkv]."""
     scores = q.double() @ k.double().mT * scale
     if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(
-            1
-        )
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -math.inf)
     return torch.softmax(scores, dim=-1)
 

@@ -68,9 +68,7 @@ def e4m3(x: Tensor) -> Tensor:
     return x.float().to(torch.float8_e4m3fn).to(x.dtype)
 
 
-def short_sum(
-    a: Tensor, b: Tensor, acc: Tensor, bits: int = 13, step: int = 32
-) -> Tensor:
+def short_sum(a: Tensor, b: Tensor, acc: Tensor, bits: int = 13, step: int = 32) -> Tensor:
     """acc + a b as an FP8 tensor core with a short accumulator sums it, [..., M, N].
 
     One instruction takes `step` of the inner dimension. It shifts acc and every product to the
@@ -136,9 +134,7 @@ def _online(q, k, v, scale, is_causal, fp8_p, sums, block_n):
     kv_len = k.shape[2]
     scores = q @ k.mT * (scale * math.log2(math.e))
     if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(
-            1
-        )
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -math.inf)
     m = torch.full_like(scores[..., :1], -math.inf)
     l = torch.zeros_like(m)
@@ -148,9 +144,7 @@ def _online(q, k, v, scale, is_causal, fp8_p, sums, block_n):
     for j in starts:
         s = scores[..., j : j + block_n]
         m_new = torch.maximum(m, s.amax(-1, keepdim=True))
-        safe = torch.where(
-            m_new == -math.inf, 0.0, m_new
-        )  # a row that has seen no key yet
+        safe = torch.where(m_new == -math.inf, 0.0, m_new)  # a row that has seen no key yet
         p = torch.exp2(s - safe) * P_MAX
         alpha = torch.exp2(m - safe)
         l = l * alpha + p.sum(-1, keepdim=True)

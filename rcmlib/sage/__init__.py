@@ -3,16 +3,12 @@
 import torch
 from torch import Tensor
 
-from rcmlib import core as ops
-from rcmlib.attention import check_attention, check_attention_residual
-from rcmlib.core.checks import autocast, coefficients, launch
-from rcmlib.core.gradients import wants_grad
-from rcmlib.core.operators import operator
-from rcmlib.core.repeats import Repeats, call_key, same
+from rcmlib.attention import check_attention, check_attention_residual, check_scale
+from rcmlib.core import check_device, checks, device_capability, gradients
+from rcmlib.core.launch import PLANS, call_key, run_on_device
 
 # The number formats of p v, best first for GPUs that have FP8.
 PV = ("fp8", "fp8_fp16", "fp8_short", "fp16")
-REPEATS = Repeats()  # with their options
 
 
 def rcm_sage_attention(
@@ -54,22 +50,9 @@ def rcm_sage_attention(
     `rcm_attention`.
     Specification: `rcmlib.reference.eight_bit.sage_attention`; arXiv 2411.10958 and 2505.21136.
     """
+    smooth = {"smooth_q": smooth_q, "smooth_k": smooth_k, "smooth_v": smooth_v}
     arguments = (q, k, v, x, c_skip, c_out)
-    key = call_key(arguments, scale, is_causal, smooth_k, smooth_q, smooth_v, pv)
-    known = REPEATS.find(key)
-    if known is not None:
-        return _launch_sage(*arguments, *known)
-    _refuse_gradients(*arguments)
-    q, k, v = autocast(q, k, v)
-    scale = check_attention(q, k, v, scale, is_causal)
-    check_attention_residual(x, q)
-    checked = coefficients(c_skip, c_out, x)
-    smooth = _check_smooth(smooth_q=smooth_q, smooth_k=smooth_k, smooth_v=smooth_v)
-    options = (scale, is_causal, *smooth, _check_pv(pv, q))
-    out = torch.ops.rcmlib.sage_attention(q, k, v, x, *checked, *options)
-    if same(c_skip, c_out, checked):
-        REPEATS.add(key, lambda: options)
-    return out
+    return _call("rcm_sage_attention", arguments, scale, is_causal, smooth, pv)
 
 
 def sage_attention(
@@ -85,39 +68,37 @@ def sage_attention(
     pv: str | None = None,
 ) -> Tensor:
     """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_sage_attention` without x."""
+    smooth = {"smooth_q": smooth_q, "smooth_k": smooth_k, "smooth_v": smooth_v}
     arguments = (q, k, v, None, None, None)
-    key = call_key((q, k, v), scale, is_causal, smooth_k, smooth_q, smooth_v, pv)
-    known = REPEATS.find(key)
-    if known is not None:
-        return _launch_sage(*arguments, *known)
-    _refuse_gradients(q, k, v)
-    q, k, v = autocast(q, k, v)
-    scale = check_attention(q, k, v, scale, is_causal)
-    smooth = _check_smooth(smooth_q=smooth_q, smooth_k=smooth_k, smooth_v=smooth_v)
-    options = (scale, is_causal, *smooth, _check_pv(pv, q))
-    out = torch.ops.rcmlib.sage_attention(q, k, v, None, None, None, *options)
-    REPEATS.add(key, lambda: options)
-    return out
+    return _call("sage_attention", arguments, scale, is_causal, smooth, pv)
 
 
-def _refuse_gradients(*arguments) -> None:
-    if wants_grad(*(a for a in arguments if isinstance(a, Tensor))):
+def _call(kind, arguments, scale, is_causal, smooth, pv) -> Tensor:
+    q, k, v, x, *c = arguments
+    options = (is_causal, *smooth.values(), _check_pv(pv, q))
+    if call_key(kind, arguments, *options) in PLANS:
+        return _launch_sage(*arguments, check_scale(scale, q), *options)
+    if gradients.wants_grad(*(a for a in arguments if isinstance(a, Tensor))):
         raise RuntimeError(
             "rcm_sage_attention has no gradients, and an argument requires one; call it under "
             "torch.no_grad(), or train with rcm_attention"
         )
-
-
-def _check_smooth(**flags) -> list[bool]:
-    for name, value in flags.items():
+    q, k, v = checks.autocast(q, k, v)
+    check_attention(q, k, v, is_causal)
+    scale = check_scale(scale, q)
+    if kind == "rcm_sage_attention":
+        check_attention_residual(x, q)
+        c = checks.coefficients(*c, x)
+    for name, value in smooth.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-    return list(flags.values())
+    return torch.ops.rcmlib.sage_attention(q, k, v, x, *c, scale, *options)
 
 
 def _check_pv(pv: str | None, q: Tensor) -> str:
     """pv, or the default for q's device. ValueError where the GPU lacks the data type."""
-    fp8 = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 9)
+    on_gpu = getattr(q, "is_cuda", False)  # q is checked later
+    fp8 = not on_gpu or device_capability(q.device) >= (8, 9)
     if pv is None:
         return "fp8" if fp8 else "fp16"
     if pv not in PV:
@@ -132,26 +113,23 @@ def _check_pv(pv: str | None, q: Tensor) -> str:
 # ---- the registered operator: torch.compile and opcheck see this ----
 
 
-@operator
+@gradients.operator
 def _sage_attention(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor | None,
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
     smooth_q: bool, smooth_k: bool, smooth_v: bool, pv: str,
 ) -> Tensor:  # fmt: skip
-    ops.check_device("q", q.device)
-    return _launch_sage(
-        q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv
-    )
+    check_device("q", q.device)
+    c = checks.as_launched(c_skip, c_out)
+    smooth = (smooth_q, smooth_k, smooth_v)
+    return _launch_sage(q, k, v, x, *c, scale, is_causal, *smooth, pv)
 
 
-def _launch_sage(
-    q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv
-) -> Tensor:
+def _launch_sage(q, k, v, x, *arguments) -> Tensor:
+    from rcmlib.sage.kernel import sage_attention_forward
+
     dtype = q.dtype if x is None else x.dtype
-    return launch(
-        ops.sage_attention.sage_attention_forward, [dtype],
-        q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv,
-    )  # fmt: skip
+    return run_on_device(sage_attention_forward, [dtype], q, k, v, x, *arguments)
 
 
 @torch.library.register_fake("rcmlib::sage_attention")

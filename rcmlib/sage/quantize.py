@@ -1,4 +1,4 @@
-"""8-bit copies of q, k and v, as `sage_attention.py` wants them.
+"""8-bit copies of q, k and v, as kernel.py wants them.
 
     int8:  t ≈ scale·(round(t / scale)),  scale = max|t| / 127        (q and k; a scale a group
                                                                        of neighbouring tokens)
@@ -21,15 +21,17 @@ import torch
 import triton
 import triton.language as tl
 
-from rcmlib.core import interpreting
-from rcmlib.core.launch import Plan, by_layout
+from rcmlib.attention.tiles import LOG2_E, choose_sage_tile
+from rcmlib.core import device_capability, interpreting, launch
+from rcmlib.sage.columns import TINY, column_statistics, empty, load_tile, padded_dim
 
 PAD = 128  # tokens are padded to whole tiles of any size in use
-TINY = tl.constexpr(2.0**-110)  # a smaller maximum would overflow limit / maximum
 # 1.5·2²³: a float32 of this size has no fraction bits, so adding it rounds to the nearest
 # integer, ties to even, and leaves that integer in the low bits.
 ROUNDER = tl.constexpr(12582912.0)
 E4M3_MAX = 448.0
+# |v8| whose sums with any p8 ≤ 448 over 64 keys stay below float16's 65504 (2++).
+V_MAX_FP16_SUM = 2.25
 
 
 @triton.jit
@@ -60,29 +62,16 @@ def to_e4m3(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(t, b, h, rows, length, stride_b, stride_h, stride_n,
-              D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """(rows of head (b, h) as float32 [rows, BLOCK_D], which of them exist)."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    inside = (rows < length)[:, None] & (d < D)
-    # In 64 bits: offsets pass 2³¹ in large tensors.
-    head = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
-    tile = t + head + rows[:, None].to(tl.int64) * stride_n + d
-    return tl.load(tile, mask=inside, other=0.0).to(tl.float32), inside
-
-
-@triton.jit
-def int8_kernel(t, mean, out, scales, factor, heads, length, padded, groups,
-                stride_b, stride_h, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                BLOCK_N: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+def int8_kernel(t, mean, out, scales, factor, heads, length, padded, groups, strides,
+                D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
     """One program: BLOCK_N tokens of one head; a scale for each GROUP of them."""
     tiles = padded // BLOCK_N
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)[None, :]
-    x, inside = load_tile(t, head // heads, head % heads, rows, length,
-                          stride_b, stride_h, stride_n, D, BLOCK_D)  # fmt: skip
+    x, inside = load_tile(t, head // heads, head % heads, rows, length, strides, D, BLOCK_D)
     if mean is not None:
         x = tl.where(inside, x - tl.load(mean + head * BLOCK_D + d), 0.0)
     # [groups, GROUP, BLOCK_D]: one maximum for the first axis.
@@ -105,10 +94,9 @@ def token_at(position):
 
 
 @triton.jit(do_not_specialize=["length"])  # see `to_e4m3`
-def values_kernel(v, mean, top, out, limit, heads, length, padded,
-                  stride_b, stride_h, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_N: tl.constexpr, FP8: tl.constexpr,
-                  NATIVE: tl.constexpr):  # fmt: skip
+def values_kernel(v, mean, top, out, limit, heads, length, padded, strides,
+                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+                  FP8: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """v·limit/top, channel by channel: FP8 as [BLOCK_D, padded], or float16 as v is."""
     tiles = padded // BLOCK_N
     tile = tl.program_id(0) % tiles
@@ -116,8 +104,7 @@ def values_kernel(v, mean, top, out, limit, heads, length, padded,
     positions = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = token_at(positions) if FP8 else positions
     d = tl.arange(0, BLOCK_D)
-    x, _ = load_tile(v, head // heads, head % heads, rows, length,
-                     stride_b, stride_h, stride_n, D, BLOCK_D)  # fmt: skip
+    x, _ = load_tile(v, head // heads, head % heads, rows, length, strides, D, BLOCK_D)
     if mean is not None:  # 0 in channels of padding, where x is 0 too
         x -= tl.load(mean + head * BLOCK_D + d)[None, :]
         x = tl.where((rows < length)[:, None], x, 0.0)
@@ -131,122 +118,14 @@ def values_kernel(v, mean, top, out, limit, heads, length, padded,
         tl.store(out + place, x.to(tl.float16))
 
 
-@triton.jit
-def columns_kernel(t, sums, highs, lows, heads, length, chunk,
-                   stride_b, stride_h, stride_n, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-                   STAGES: tl.constexpr):  # fmt: skip
-    """Per channel of `chunk` tokens: their sum, and (if not None) maximum and minimum."""
-    chunks = tl.cdiv(length, chunk)
-    head = tl.program_id(0) // chunks
-    first = tl.program_id(0) % chunks * chunk
-    stop = tl.minimum(first + chunk, length)
-    # In float64: unless their range is extreme, sums of 16-bit numbers are exact in it,
-    # hence the same in any order.
-    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
-    high = tl.full([BLOCK_N, BLOCK_D], float("-inf"), tl.float32)
-    low = tl.full([BLOCK_N, BLOCK_D], float("inf"), tl.float32)
-    for row in tl.range(first, stop, BLOCK_N, num_stages=STAGES):
-        x, inside = load_tile(t, head // heads, head % heads,
-                              row + tl.arange(0, BLOCK_N), stop,
-                              stride_b, stride_h, stride_n, D, BLOCK_D)  # fmt: skip
-        total += x.to(tl.float64)
-        if highs is not None:
-            high = tl.maximum(high, tl.where(inside, x, float("-inf")))
-            low = tl.minimum(low, tl.where(inside, x, float("inf")))
-    place = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    tl.store(sums + place, tl.sum(total, 0))
-    if highs is not None:
-        tl.store(highs + place, tl.max(high, 0))
-        tl.store(lows + place, tl.min(low, 0))
-
-
-@triton.jit
-def combine_kernel(sums, highs, lows, mean, top, length, chunks,
-                   BLOCK_D: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-                   SMOOTH: tl.constexpr):  # fmt: skip
-    """From the chunks of COLS channels: the mean, and the largest |t − mean| (or |t|)."""
-    parts: tl.constexpr = BLOCK_D // COLS
-    head = tl.program_id(0) // parts
-    d = tl.program_id(0) % parts * COLS + tl.arange(0, COLS)
-    c = tl.arange(0, CHUNKS)[:, None]
-    place = (head * chunks + c) * BLOCK_D + d[None, :]
-    center = tl.zeros([COLS], tl.float32)
-    if SMOOTH:
-        total = tl.sum(tl.load(sums + place, mask=c < chunks, other=0.0), 0)
-        center = (total / length).to(tl.float32)
-        tl.store(mean + head * BLOCK_D + d, center)
-    if top is not None:
-        high = tl.max(tl.load(highs + place, mask=c < chunks, other=float("-inf")), 0)
-        low = tl.min(tl.load(lows + place, mask=c < chunks, other=float("inf")), 0)
-        largest = tl.maximum(tl.maximum(high - center, center - low), TINY)
-        tl.store(top + head * BLOCK_D + d, largest)
-
-
-class Columns(NamedTuple):
-    """float32 [B, H, BLOCK_D] over the tokens: the mean, and the largest |t − mean|."""
-
-    mean: torch.Tensor | None
-    top: torch.Tensor | None
-
-
-@by_layout
-def columns_plans(t, smooth, ranged) -> tuple[Plan, Plan, int]:
-    """The launches of `columns_kernel` and `combine_kernel` for a t of this layout, and the
-    number of chunks between them."""
+def int8_plan(t: torch.Tensor, group: int) -> launch.Plan:
+    """The launch of `int8_kernel` for a t like this."""
     batch, heads, length, dim = t.shape
-    block_d = padded_dim(dim)
-    block_n = 4096 // block_d
-    # Long chunks keep loads in flight; there have to be enough to fill a GPU, and few enough
-    # for one program to combine.
-    chunks = min(triton.cdiv(length, 4 * block_n), triton.cdiv(1024, batch * heads), 64)
-    chunk = triton.cdiv(triton.cdiv(length, chunks), block_n) * block_n
-    chunks = triton.cdiv(length, chunk)
-    parts = Plan(
-        columns_kernel, batch * heads * chunks, heads, length, chunk, *t.strides[:3],
-        D=dim, BLOCK_D=block_d, BLOCK_N=block_n, STAGES=3,
-    )  # fmt: skip
-    cols = 16
-    whole = Plan(
-        combine_kernel, batch * heads * block_d // cols, length, chunks,
-        BLOCK_D=block_d, COLS=cols, CHUNKS=triton.next_power_of_2(chunks), SMOOTH=smooth,
-    )  # fmt: skip
-    return parts, whole, chunks
-
-
-def columns(t: torch.Tensor, smooth: bool, ranged: bool) -> Columns:
-    """The mean of t's tokens (if `smooth`) and their largest distance from it (if `ranged`).
-
-    Exact, and so the same on every device, where float64 holds the sum exactly.
-    """
-    if not (smooth or ranged):
-        return Columns(None, None)
-    batch, heads, _, dim = t.shape
-    block_d = padded_dim(dim)
-    parts, whole, chunks = columns_plans(t, smooth, ranged)
-    empty = _empty_like(t)
-    sums = empty((batch * heads * chunks, block_d), torch.float64)
-    highs = lows = top = mean = None
-    if ranged:
-        highs, lows = (empty(sums.shape, torch.float32) for _ in range(2))
-        top = empty((batch, heads, block_d), torch.float32)
-    if smooth:
-        mean = empty((batch, heads, block_d), torch.float32)
-    parts.launch(t, sums, highs, lows)
-    whole.launch(sums, highs, lows, mean, top)
-    return Columns(mean, top)
-
-
-@by_layout
-def int8_plan(t, mean, group) -> Plan:
-    """The launch of `int8_kernel` for a t and a mean of these layouts."""
-    batch, heads, length, dim = t.shape
-    block_d = padded_dim(dim)
-    padded = padded_length(length)
+    block_d, padded = padded_dim(dim), padded_length(length)
     block_n = max(group, min(PAD, 4096 // block_d))
-    return Plan(
+    return launch.Plan(
         int8_kernel, batch * heads * padded // block_n,
-        heads, length, padded, padded // group, *t.strides[:3],
+        heads, length, padded, padded // group, t.stride()[:3],
         D=dim, BLOCK_D=block_d, BLOCK_N=block_n, GROUP=group,
         enable_fp_fusion=False,  # the product is rounded before ROUNDER is added
         num_warps=max(4, block_n * block_d // 2048),  # 64 elements a thread
@@ -264,35 +143,29 @@ def quantize_int8(
     """
     batch, heads, length, dim = t.shape
     padded = padded_length(length)
-    empty = _empty_like(t)
-    out = empty((batch, heads, padded, padded_dim(dim)), torch.int8)
-    scales = empty((batch, heads, padded // group), torch.float32)
-    plan = int8_plan(t, mean, group)
+    out = empty(t, (batch, heads, padded, padded_dim(dim)), torch.int8)
+    scales = empty(t, (batch, heads, padded // group), torch.float32)
+    key = launch.key_of("int8", (t, mean), group)
+    plan = launch.planned(key, lambda: int8_plan(t, group))
     plan.launch(t, mean, out, scales, factor)
     return out, scales
 
 
-@by_layout
-def values_plan(v, mean, top, fp8) -> Plan:
-    """The launch of `values_kernel` for a v of this layout."""
+def values_plan(v: torch.Tensor, fp8: bool) -> launch.Plan:
+    """The launch of `values_kernel` for a v like this."""
     batch, heads, length, dim = v.shape
-    block_d = padded_dim(dim)
-    padded = padded_length(length)
+    block_d, padded = padded_dim(dim), padded_length(length)
     block_n = min(PAD, max(16, 16384 // block_d))
-    return Plan(
+    return launch.Plan(
         values_kernel, batch * heads * padded // block_n,
-        heads, length, padded, *v.strides[:3],
+        heads, length, padded, v.stride()[:3],
         D=dim, BLOCK_D=block_d, BLOCK_N=block_n, FP8=fp8, NATIVE=not interpreting(),
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def quantize_values(
-    v: torch.Tensor,
-    limit: float,
-    top: torch.Tensor,
-    mean: torch.Tensor | None,
-    fp8: bool,
+    v: torch.Tensor, limit: float, top: torch.Tensor, mean: torch.Tensor | None, fp8: bool
 ) -> torch.Tensor:
     """(v − mean)·limit/top: FP8 E4M3 [B, H, BLOCK_D, ⌈N⌉] in TOKEN_ORDER, or float16 as v is.
 
@@ -302,8 +175,9 @@ def quantize_values(
     padded, block_d = padded_length(length), padded_dim(dim)
     shape = (block_d, padded) if fp8 else (padded, block_d)
     dtype = torch.float8_e4m3fn if fp8 else torch.float16
-    out = _empty_like(v)((batch, heads, *shape), dtype)
-    plan = values_plan(v, mean, top, fp8)
+    out = empty(v, (batch, heads, *shape), dtype)
+    key = launch.key_of("values", (v, mean, top), fp8)
+    plan = launch.planned(key, lambda: values_plan(v, fp8))
     plan.launch(v, mean, top, out, limit)
     return out
 
@@ -312,10 +186,46 @@ def padded_length(length: int) -> int:
     return -(-length // PAD) * PAD
 
 
-def padded_dim(dim: int) -> int:
-    """8-bit matrix instructions take 32 channels at a time."""
-    return max(32, 1 << (dim - 1).bit_length())
+class Operands(NamedTuple):
+    """q, k and v in 8 bits (`quantize_operands`), and what turns them back."""
+
+    q: torch.Tensor  # int8 [B, H, ⌈Nq⌉, BLOCK_D]
+    k: torch.Tensor  # int8 [B, H, ⌈Nkv⌉, BLOCK_D]
+    v: torch.Tensor  # E4M3 [B, H, BLOCK_D, ⌈Nkv⌉], or float16 [B, H, ⌈Nkv⌉, BLOCK_D]
+    q_scale: torch.Tensor  # float32 [B, H, ⌈Nq⌉ / q_group], times scale·log2 e
+    k_scale: torch.Tensor  # float32 [B, H, ⌈Nkv⌉ / k_group]
+    v_top: torch.Tensor  # float32 [B, H, BLOCK_D], what v's limit stands for
+    v_mean: torch.Tensor | None  # float32 [B, H, BLOCK_D]
+    bias: torch.Tensor | None  # float32 [B, H, ⌈Nkv⌉]: what smoothing q took from scores
+    v_limit: float
+    pv: str
 
 
-def _empty_like(t: torch.Tensor):
-    return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=t.device)
+def quantize_operands(
+    q, k, v, scale, smooth_q, smooth_k, smooth_v, pv, q_group=1, k_group=None
+) -> Operands:
+    """All of a call's 8-bit copies (see `rcmlib.rcm_sage_attention`).
+
+    q_group, k_group: tokens that share a scale (`quantize_int8`); k_group has to be a multiple
+    of the kernel's block_n, which is also what it is unless given.
+    """
+    if k_group is None:
+        k_group = choose_sage_tile(q.shape[-1], pv, device_capability(q.device)).block_n
+    factor = scale * LOG2_E
+    k_mean = column_statistics(k, smooth_k, False).mean
+    q_mean = column_statistics(q, smooth_q, False).mean
+    q8, q_scale = quantize_int8(q, q_group, q_mean, factor)
+    k8, k_scale = quantize_int8(k, k_group, k_mean)
+    bias = None
+    if smooth_q:  # (q − q̄) kᵀ lacks q̄ kᵀ: one number a key, the same for all queries
+        dim, length = k.shape[-1], k.shape[2]
+        center = (q_mean[..., :dim] * factor)[..., None]
+        smooth = k.float() - k_mean[..., None, :dim] if smooth_k else k.float()
+        bias = k.new_zeros((*k.shape[:2], padded_length(length)), dtype=torch.float32)
+        # Autocast would round this product to 16 bits.
+        with torch.autocast(q.device.type, enabled=False):
+            bias[..., :length] = (smooth @ center)[..., 0]
+    limit = V_MAX_FP16_SUM if pv == "fp8_fp16" else E4M3_MAX
+    v_mean, v_top = column_statistics(v, smooth_v, True)
+    v8 = quantize_values(v, limit, v_top, v_mean, fp8=pv != "fp16")
+    return Operands(q8, k8, v8, q_scale, k_scale, v_top, v_mean, bias, limit, pv)

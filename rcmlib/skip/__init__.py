@@ -3,31 +3,11 @@
 import torch
 from torch import Tensor
 
-from rcmlib import core as ops
-from rcmlib.core.checks import (
-    check_residual,
-    check_tensor,
-    coefficients,
-    dims,
-    launch,
-)
-from rcmlib.core.gradients import (
-    coefficient_grad,
-    dense_rows,
-    once_differentiable,
-    signed,
-    wanted,
-    wants_grad,
-)
-from rcmlib.core.operators import operator
-from rcmlib.core.repeats import Repeats, call_key, same
-
-REPEATS = Repeats()  # with their plans
+from rcmlib.core import check_device, checks, gradients
+from rcmlib.core.launch import PLANS, call_key, run_on_device
 
 
-def rcm_skip(
-    x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor
-) -> Tensor:
+def rcm_skip(x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor) -> Tensor:
     """c_skip·x + c_out·f in one Triton launch, per sample.
 
     x, f: [B, …] of one shape and device, float32, float16 or bfloat16; f has x's dtype, or 16
@@ -39,22 +19,18 @@ def rcm_skip(
 
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     """
-    key = call_key((x, f, c_skip, c_out))
-    plan = REPEATS.find(key)
+    plan = PLANS.get(call_key("rcm_skip", (x, f, c_skip, c_out)))
     if plan is not None:
         return _launch_skip(x, f, c_skip, c_out, plan)
     for name, t in (("x", x), ("f", f)):
-        check_tensor(name, t, rank=None)
-    check_residual("x", x, "f", f)
+        checks.tensor(name, t, rank=None)
+    checks.residual("x", x, "f", f)
     if f.shape != x.shape:
-        raise ValueError(f"f must have x's shape {dims(x)}, got {dims(f)}")
-    checked = coefficients(c_skip, c_out, x)
-    training = wants_grad(x, f, *checked)
+        raise ValueError(f"f must have x's shape {checks.dims(x)}, got {checks.dims(f)}")
+    checked = checks.coefficients(c_skip, c_out, x)
+    training = gradients.wants_grad(x, f, *checked)
     if not training and x.is_contiguous() and f.is_contiguous():  # no need of views
-        out = torch.ops.rcmlib.skip(x, f, *checked)
-        if same(c_skip, c_out, checked):
-            REPEATS.add(key, lambda: ops.skip.skip_plan(x, f, c_skip, c_out))
-        return out
+        return torch.ops.rcmlib.skip(x, f, *checked)
     tiles = [_rows_of_samples(name, t) for name, t in (("x", x), ("f", f))]
     if tiles[0].shape != tiles[1].shape:  # one is contiguous, the other has gaps
         tiles = [t.view(tiles[0].shape[0], -1, x.shape[-1]) for t in tiles]
@@ -74,7 +50,7 @@ def _rows_of_samples(name: str, t: Tensor) -> Tensor:
     if rows is None or rows.stride(-1) != 1:
         raise ValueError(
             f"{name} must be viewable as [B, R, C] with a contiguous last dimension, got shape "
-            f"{dims(t)} with strides {t.stride()}; call {name}.contiguous()"
+            f"{checks.dims(t)} with strides {t.stride()}; call {name}.contiguous()"
         )
     return rows
 
@@ -82,15 +58,17 @@ def _rows_of_samples(name: str, t: Tensor) -> Tensor:
 # ---- the registered operators: torch.compile and opcheck see these ----
 
 
-@operator
+@gradients.operator
 def _skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
     """x, f: [B, R, C], or contiguous [B, …]."""
-    ops.check_device("x", x.device)
-    return _launch_skip(x, f, c_skip, c_out)
+    check_device("x", x.device)
+    return _launch_skip(x, f, *checks.as_launched(c_skip, c_out), None)
 
 
-def _launch_skip(x, f, c_skip, c_out, plan=None) -> Tensor:
-    return launch(ops.skip.skip_forward, [x.dtype], x, f, c_skip, c_out, plan)
+def _launch_skip(x, f, c_skip, c_out, plan) -> Tensor:
+    from rcmlib.skip.kernel import skip_forward
+
+    return run_on_device(skip_forward, [x.dtype], x, f, c_skip, c_out, plan)
 
 
 @torch.library.register_fake("rcmlib::skip")
@@ -98,24 +76,26 @@ def _(x, f, c_skip, c_out):
     return x.new_empty(x.shape)
 
 
-@operator
+@gradients.operator
 def _skip_backward(
     grad: Tensor, x: Tensor | None, f: Tensor | None, c_skip: Tensor, c_out: Tensor,
     width: int | None, dx_dtype: torch.dtype | None, df_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from rcmlib.skip.kernel import skip_backward
+
     dtypes = (dx_dtype or grad.dtype, df_dtype or grad.dtype, *[torch.float32] * 2)
-    return launch(
-        ops.skip.skip_backward, dtypes,
-        grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype,
-    )  # fmt: skip
+    c = checks.as_launched(c_skip, c_out)
+    return run_on_device(skip_backward, dtypes, grad, x, f, *c, width, dx_dtype, df_dtype)
 
 
 @torch.library.register_fake("rcmlib::skip_backward")
 def _(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype):
+    from rcmlib.skip.kernel import dots_shape
+
     def result(wanted, shape, dtype):
         return grad.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    dots = ops.skip.dots_shape(grad.shape, width)
+    dots = dots_shape(grad.shape, width)
     return (
         result(dx_dtype, grad.shape, dx_dtype or grad.dtype),
         result(df_dtype, grad.shape, df_dtype or grad.dtype),
@@ -128,7 +108,7 @@ class _Skip(torch.autograd.Function):
     """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
 
     @staticmethod
-    @signed
+    @gradients.signed
     def forward(x, f, c_skip, c_out):
         return torch.ops.rcmlib.skip(x, f, c_skip, c_out)
 
@@ -137,20 +117,18 @@ class _Skip(torch.autograd.Function):
         x, f, c_skip, c_out = inputs
         ctx.dtypes = x.dtype, f.dtype
         x_needed, f_needed = ctx.needs_input_grad[2:]  # each for its coefficient
-        ctx.save_for_backward(
-            x if x_needed else None, f if f_needed else None, c_skip, c_out
-        )
+        ctx.save_for_backward(x if x_needed else None, f if f_needed else None, c_skip, c_out)
 
     @staticmethod
-    @once_differentiable
+    @gradients.once_differentiable
     def backward(ctx, grad):
         x, f, c_skip, c_out = ctx.saved_tensors
         dx, df, x_dots, f_dots = torch.ops.rcmlib.skip_backward(
-            dense_rows(grad), x, f, c_skip, c_out, None,
-            *wanted(ctx.dtypes, ctx.needs_input_grad),
+            gradients.dense_rows(grad), x, f, c_skip, c_out, None,
+            *gradients.wanted(ctx.dtypes, ctx.needs_input_grad),
         )  # fmt: skip
         return (
-            *wanted((dx, df), ctx.needs_input_grad),
-            coefficient_grad(x_dots, c_skip) if ctx.needs_input_grad[2] else None,
-            coefficient_grad(f_dots, c_out) if ctx.needs_input_grad[3] else None,
+            *gradients.wanted((dx, df), ctx.needs_input_grad),
+            gradients.coefficient_grad(x_dots, c_skip) if ctx.needs_input_grad[2] else None,
+            gradients.coefficient_grad(f_dots, c_out) if ctx.needs_input_grad[3] else None,
         )

@@ -10,24 +10,21 @@ HBM: forward reads x and f once and writes out once, backward reads g and writes
 (and reads x and f, if their coefficients want a gradient). The roofline is a copy's.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from rcmlib.core.epilogue import kernel_coefficients, load_coefficient, skip_epilogue
-from rcmlib.core.launch import Plan, by_layout
-from rcmlib.core.layout import is_contiguous
+from rcmlib.core import launch
+from rcmlib.core.epilogue import load_coefficient, skip_epilogue
 
 TILE = 4096  # elements a program: 8 KiB a tensor in bf16, 32 elements a thread
 
 
 @triton.jit
-def skip_kernel(x, f, out, c_skip, c_out, rows, cols,
-                stride_xb, stride_xr, stride_fb, stride_fr,
+def skip_kernel(x, f, out, c_skip, c_out, rows, cols, x_strides, f_strides,
                 BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                 PER_SAMPLE: tl.constexpr):  # fmt: skip
+    """x_strides, f_strides: between samples and rows."""
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(cols, BLOCK_C)
     row_tiles = tl.cdiv(rows, BLOCK_R)
@@ -37,19 +34,17 @@ def skip_kernel(x, f, out, c_skip, c_out, rows, cols,
     inside = (r < rows) & (c < cols)
 
     b64, r64 = tl.cast(b, tl.int64), r.to(tl.int64)  # offsets pass 2³¹ in large tensors
-    x_tile = tl.load(x + b64 * stride_xb + r64 * stride_xr + c, mask=inside)
-    f_tile = tl.load(f + b64 * stride_fb + r64 * stride_fr + c, mask=inside)
+    x_tile = tl.load(x + b64 * x_strides[0] + r64 * x_strides[1] + c, mask=inside)
+    f_tile = tl.load(f + b64 * f_strides[0] + r64 * f_strides[1] + c, mask=inside)
     result = skip_epilogue(x_tile.to(tl.float32), f_tile.to(tl.float32),
                            load_coefficient(c_skip, b, PER_SAMPLE),
                            load_coefficient(c_out, b, PER_SAMPLE))  # fmt: skip
-    tl.store(
-        out + (b64 * rows + r64) * cols + c, result.to(out.dtype.element_ty), inside
-    )
+    tl.store(out + (b64 * rows + r64) * cols + c, result.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows, cols,
-                         stride_gb, stride_gr, stride_xb, stride_xr, stride_fb, stride_fr,
+                         g_strides, x_strides, f_strides,
                          WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
                          BLOCK_C: tl.constexpr,
                          PER_SAMPLE: tl.constexpr):  # fmt: skip
@@ -65,8 +60,8 @@ def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows
     inside = (r < rows)[:, None] & (inner < WIDTH) & (c < cols)
 
     b64, r64 = tl.cast(b, tl.int64), r[:, None].to(tl.int64)
-    g = tl.load(grad + b64 * stride_gb + r64 * stride_gr + c, mask=inside, other=0.0)
-    g = g.to(tl.float32)
+    g_tile = grad + b64 * g_strides[0] + r64 * g_strides[1] + c
+    g = tl.load(g_tile, mask=inside, other=0.0).to(tl.float32)
     here = (b64 * rows + r64) * cols + c
     dots_here = (b64 * col_tiles + pid % col_tiles) * rows + r
     if dx is not None:
@@ -76,58 +71,54 @@ def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows
         result = load_coefficient(c_out, b, PER_SAMPLE) * g
         tl.store(df + here, result.to(df.dtype.element_ty), inside)
     if x is not None:
-        x_tile = tl.load(x + b64 * stride_xb + r64 * stride_xr + c, inside, other=0.0)
-        tl.store(x_dots + dots_here, tl.sum(g * x_tile.to(tl.float32), 1), r < rows)
+        x_tile = x + b64 * x_strides[0] + r64 * x_strides[1] + c
+        x_tile = tl.load(x_tile, inside, other=0.0).to(tl.float32)
+        tl.store(x_dots + dots_here, tl.sum(g * x_tile, 1), r < rows)
     if f is not None:
-        f_tile = tl.load(f + b64 * stride_fb + r64 * stride_fr + c, inside, other=0.0)
-        tl.store(f_dots + dots_here, tl.sum(g * f_tile.to(tl.float32), 1), r < rows)
+        f_tile = f + b64 * f_strides[0] + r64 * f_strides[1] + c
+        f_tile = tl.load(f_tile, inside, other=0.0).to(tl.float32)
+        tl.store(f_dots + dots_here, tl.sum(g * f_tile, 1), r < rows)
 
 
-@by_layout
-def skip_plan(x, f, c_skip, c_out) -> Plan:
-    """The launch of `skip_kernel` for these layouts."""
-    if is_contiguous(x) and is_contiguous(f):  # one row a sample: every tile is full
-        cols = math.prod(x.shape[1:])
-        x, f = (
-            t._replace(shape=(x.shape[0], 1, cols), strides=(cols, cols, 1))
-            for t in (x, f)
-        )
+def skip_plan(x: torch.Tensor, f: torch.Tensor, per_sample: bool) -> launch.Plan:
+    """The launch of `skip_kernel` for tensors like these."""
+    if x.is_contiguous() and f.is_contiguous():  # one row a sample: every tile is full
+        x, f = (t.view(t.shape[0], 1, -1) for t in (x, f))
     batch, rows, cols = x.shape
-    block_r, block_c = tile(rows, cols)
-    return Plan(
+    block_r, block_c = block_of(rows, cols)
+    return launch.Plan(
         skip_kernel, batch * triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),
-        rows, cols, *x.strides[:2], *f.strides[:2],
-        BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=c_skip is not None,
+        rows, cols, x.stride()[:2], f.stride()[:2],
+        BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=per_sample,
     )  # fmt: skip
 
 
-def skip_forward(x, f, c_skip, c_out, plan: Plan | None = None) -> torch.Tensor:
+def skip_forward(x, f, c_skip, c_out, plan: launch.Plan | None = None) -> torch.Tensor:
     """Launches `skip_kernel` on checked inputs (see `rcmlib.rcm_skip`).
 
-    x, f: [B, R, C] with a contiguous last dimension, or contiguous [B, …].
-    plan: `skip_plan`'s for these arguments, if it is known already.
+    x, f: [B, R, C] with a contiguous last dimension, or contiguous [B, …]. c_skip, c_out: two
+    floats or two [B]. plan: the one of these arguments, if it is known.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if plan is None:
-        c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
-        plan = skip_plan(x, f, c_skip, c_out)
+        per_sample = isinstance(c_skip, torch.Tensor)
+        key = launch.key_of("rcm_skip", (x, f, c_skip, c_out))
+        plan = launch.planned(key, lambda: skip_plan(x, f, per_sample))
     plan.launch(x, f, out, c_skip, c_out)
     return out
 
 
-@by_layout
-def skip_backward_plan(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype) -> Plan:
-    """The launch of `skip_backward_kernel` for these layouts."""
+def skip_backward_plan(grad, x, f, width: int | None, per_sample: bool) -> launch.Plan:
+    """The launch of `skip_backward_kernel` for tensors like these."""
     batch, rows, cols = grad.shape
-    width = width or tile(rows, cols)[1]
-    block_r, block_c = tile(rows, width)
-    return Plan(
+    width = width or block_of(rows, cols)[1]
+    block_r, block_c = block_of(rows, width)
+    x_strides, f_strides = ((0, 0) if t is None else t.stride()[:2] for t in (x, f))
+    return launch.Plan(
         skip_backward_kernel,
         batch * triton.cdiv(rows, block_r) * triton.cdiv(cols, width),
-        rows, cols, *grad.strides[:2],
-        *(x.strides[:2] if x is not None else (0, 0)),
-        *(f.strides[:2] if f is not None else (0, 0)),
-        WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=c_skip is not None,
+        rows, cols, grad.stride()[:2], x_strides, f_strides,
+        WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, PER_SAMPLE=per_sample,
     )  # fmt: skip
 
 
@@ -138,7 +129,7 @@ def skip_backward(
 
     dx and df are computed if their dtype is given, the dots of g with x and f if those are
     given: float32 [B, C / width, R], each over `width` neighbouring columns (an attention
-    head, say; None leaves the choice here).
+    head, say; None leaves the choice here). c_skip, c_out: two floats or two [B].
     """
 
     def result(wanted, shape, dtype):
@@ -150,8 +141,10 @@ def skip_backward(
     df = result(df_dtype, grad.shape, df_dtype)
     x_dots = result(x is not None, dots, torch.float32)
     f_dots = result(f is not None, dots, torch.float32)
-    c_skip, c_out, _ = kernel_coefficients(c_skip, c_out)
-    plan = skip_backward_plan(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype)
+    options = (width, dx_dtype, df_dtype)
+    key = launch.key_of("skip_backward", (grad, x, f, c_skip, c_out), *options)
+    per_sample = isinstance(c_skip, torch.Tensor)
+    plan = launch.planned(key, lambda: skip_backward_plan(grad, x, f, width, per_sample))
     plan.launch(
         grad, x, f, dx if dx_dtype else None, df if df_dtype else None, x_dots, f_dots,
         c_skip, c_out,
@@ -162,10 +155,10 @@ def skip_backward(
 def dots_shape(shape, width: int | None) -> tuple[int, int, int]:
     """The shape of `skip_backward`'s dots for g of this shape."""
     batch, rows, cols = shape
-    return batch, triton.cdiv(cols, width or tile(rows, cols)[1]), rows
+    return batch, triton.cdiv(cols, width or block_of(rows, cols)[1]), rows
 
 
-def tile(rows: int, cols: int) -> tuple[int, int]:
+def block_of(rows: int, cols: int) -> tuple[int, int]:
     """Rows and columns of one program's tile, powers of two, TILE elements in all."""
     block_c = min(triton.next_power_of_2(cols), TILE)
     return min(triton.next_power_of_2(rows), TILE // block_c), block_c
