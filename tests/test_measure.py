@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import provenance, records
 from benchmarks.suites import blocks
-from rcmlib.measure import ledger, records, timing
+from rcmlib.measure import ledger, timing
 from tests.inputs import without_a_gpu
 
 SHAPE = (4, 2048, 768)
@@ -40,6 +41,15 @@ def test_the_published_saving_is_27_percent_and_the_honest_one_18():
     honest = ledger.total(ledger.honest_fused(*SHAPE))
     assert 1 - after / before == pytest.approx(0.2727, abs=1e-4)
     assert 1 - honest / before == pytest.approx(0.1818, abs=1e-4)
+
+
+def test_the_ledger_brings_neither_triton_nor_the_compiler():
+    code = (
+        "import sys, rcmlib.measure.ledger as l; l.pipeline('fused', 1, 1, 16, 16); "
+        "print({'triton', 'torch._dynamo'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 @pytest.mark.parametrize("name", records.names())
@@ -86,7 +96,7 @@ def test_a_missing_record_lists_those_that_exist():
 @without_a_gpu
 def test_without_a_gpu_nothing_is_timed():
     with pytest.raises(RuntimeError, match="a CUDA device, and there is none"):
-        timing.time_ms(lambda: None)
+        timing.compare({"nothing": lambda: None})
 
 
 @pytest.mark.gpu
@@ -96,7 +106,7 @@ def test_a_record_is_written_with_its_provenance(tmp_path):
     assert times["product"].samples == 10
     assert 0 < times["product"].p10_ms <= times["product"].median_ms
     case = {"name": "one", "results": {"product": times["product"]._asdict()}}
-    path = records.save("test", "a product", "a few runs", [case], tmp_path)
+    path = provenance.save("test", "a product", "a few runs", [case], tmp_path)
     stored = json.loads(path.read_text())
     assert stored["provenance"]["device"] == torch.cuda.get_device_name()
 
