@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rcmlib
+from benchmarks.inputs import gaussian, video_like
 from rcmlib import reference
 from rcmlib.core import device_capability
-from rcmlib.measure.inputs import gaussian, video_like
 from rcmlib.reference import eight_bit
 from rcmlib.sage import PV, sage_attention
 from rcmlib.sage.kernel import choose_sage_tile

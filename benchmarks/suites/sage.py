@@ -5,13 +5,13 @@ from functools import partial
 
 import torch
 
+from benchmarks.inputs import gaussian, video_like
 from benchmarks.suites.suite import INPUTS, Suite, side_by_side
 from rcmlib import reference
 from rcmlib.attention import attention
 from rcmlib.measure import timing
 from rcmlib.measure.benchmark import case
 from rcmlib.measure.implementations import attention_inputs, installed, sage_one
-from rcmlib.measure.inputs import gaussian, video_like
 from rcmlib.reference import eight_bit
 from rcmlib.sage import PV, sage_attention
 
@@ -116,7 +116,7 @@ SUITES = {
     ),
     "sage_accuracy": Suite(
         "Errors of 8-bit attention against float64, before the skip.",
-        "bf16 inputs: Gaussian, and like a video model's (rcmlib.measure.inputs). No times.",
+        "bf16 inputs: Gaussian, and like a video model's (benchmarks.inputs). No times.",
         accuracy_case,
         [(name,) for name in DISTRIBUTIONS],
     ),

@@ -33,7 +33,10 @@ def video_like(
         """A smooth field plus 0.7 of white noise: [B, H, T·H·W, D] of unit variance."""
         coarse = [max(2, -(-n // 4)) for n in grid]
         smooth = F.interpolate(
-            draw(batch * heads, dim, *coarse), size=grid, mode="trilinear", align_corners=True
+            draw(batch * heads, dim, *coarse),
+            size=grid,
+            mode="trilinear",
+            align_corners=True,
         )
         smooth = smooth / smooth.std()
         tokens = smooth.flatten(2).mT.unflatten(0, (batch, heads))
