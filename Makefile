@@ -1,8 +1,9 @@
 # make help lists the targets. PYTHON=python3 uses an environment that exists, as it is,
-# instead of creating .venv.
+# instead of creating .venv: nothing is installed into it, so it is told where the clone is.
 
 ifdef PYTHON
 READY :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PYTHON := .venv/bin/python
 READY := .venv/.installed
@@ -55,10 +56,11 @@ wheelhouse: $(READY) ## collect the wheels a GPU host without internet needs
 clean: ## remove what was built (keeps .venv)
 	rm -rf _build wheelhouse .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf build *.egg-info
 
-# The stamp is younger than requirements.txt once everything is installed.
+# The stamp is younger than both files once everything is installed.
 OK := 'import sys; sys.exit(sys.version_info < (3, 11))'
-.venv/.installed: requirements.txt
+.venv/.installed: requirements.txt pyproject.toml
 	@if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
 		for python in python3 python3.13 python3.12 python3.11; do \
 			$$python -c $(OK) 2>/dev/null && break; python=; \
