@@ -49,7 +49,9 @@ def poison_empty(monkeypatch, byte=0xFF):
     is an operator like any other.
     """
     with torch.device("cpu"):
-        allocate = torch.empty  # here PyTorch notes, once, which functions take a device
+        allocate = (
+            torch.empty
+        )  # here PyTorch notes, once, which functions take a device
         allocate(0)
     raw = torch.full((8,), byte, dtype=torch.uint8)
     kinds = *DTYPES, torch.float64, torch.float8_e4m3fn, torch.int8, torch.int32
