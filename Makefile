@@ -18,7 +18,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=900
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help book test gpu lab execute wheelhouse clean
+.PHONY: help book test portable gpu lab execute wheelhouse clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,15 @@ test: $(READY) ## lint, build the book, run every test and every notebook
 	@$(MAKE) --no-print-directory book
 	$(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) -n $(WORKERS) --dist loadscope
 
+portable: $(READY) ## every notebook again, in the arithmetic of four other machines
+	$(PYTHON) tools/portable.py $(PYTHON) -m pytest $(NOTEBOOKS) $(NBVAL) -q \
+		-n $(WORKERS) --dist loadscope
+
+# PART=tests or PART=notebooks runs one of the two, GPU_WORKERS=15 fifteen processes.
+PART ?= tests notebooks
 gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
-	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) \
+	$(if $(filter-out tests notebooks,$(PART)),$(error PART is tests or notebooks))
+	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest $(PART:notebooks=$(NOTEBOOKS)) $(NBVAL) \
 		--ignore=tests/test_html.py $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist loadscope)
 
 lab: $(READY) ## open JupyterLab on the notebooks
