@@ -23,8 +23,9 @@ WORKERS ?= 2
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# URL=https://... is the repository's address, where it is not that of the clone's remote.
 book: $(READY) ## render the book into _build/html; no warning survives
-	@$(PYTHON) -c 'from jupyter_book.cli.main import main; main()' \
+	@BOOK_URL=$(URL) $(PYTHON) -c 'from jupyter_book.cli.main import main; main()' \
 		build . --all -W -n --keep-going -q
 	@echo "The book is built. Open _build/html/index.html"
 
