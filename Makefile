@@ -1,8 +1,9 @@
 # make help lists the targets. PYTHON=python3 uses an environment that exists, as it is,
-# instead of creating .venv.
+# instead of creating .venv: nothing is installed into it, so it is told where the clone is.
 
 ifdef PYTHON
 READY :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PYTHON := .venv/bin/python
 READY := .venv/.installed
@@ -17,13 +18,14 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=900
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help book test gpu lab execute wheelhouse clean
+.PHONY: help book test portable gpu lab execute wheelhouse clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# URL=https://... is the repository's address, where it is not that of the clone's remote.
 book: $(READY) ## render the book into _build/html; no warning survives
-	@$(PYTHON) -c 'from jupyter_book.cli.main import main; main()' \
+	@BOOK_URL=$(URL) $(PYTHON) -c 'from jupyter_book.cli.main import main; main()' \
 		build . --all -W -n --keep-going -q
 	@echo "The book is built. Open _build/html/index.html"
 
@@ -33,8 +35,15 @@ test: $(READY) ## lint, build the book, run every test and every notebook
 	@$(MAKE) --no-print-directory book
 	$(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) -n $(WORKERS) --dist loadscope
 
+portable: $(READY) ## every notebook again, in the arithmetic of four other machines
+	$(PYTHON) tools/portable.py $(PYTHON) -m pytest $(NOTEBOOKS) $(NBVAL) -q \
+		-n $(WORKERS) --dist loadscope
+
+# PART=tests or PART=notebooks runs one of the two, GPU_WORKERS=15 fifteen processes.
+PART ?= tests notebooks
 gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
-	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest tests $(NOTEBOOKS) $(NBVAL) \
+	$(if $(filter-out tests notebooks,$(PART)),$(error PART is tests or notebooks))
+	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest $(PART:notebooks=$(NOTEBOOKS)) $(NBVAL) \
 		--ignore=tests/test_html.py $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist loadscope)
 
 lab: $(READY) ## open JupyterLab on the notebooks
@@ -55,10 +64,11 @@ wheelhouse: $(READY) ## collect the wheels a GPU host without internet needs
 clean: ## remove what was built (keeps .venv)
 	rm -rf _build wheelhouse .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf build *.egg-info
 
-# The stamp is younger than requirements.txt once everything is installed.
+# The stamp is younger than both files once everything is installed.
 OK := 'import sys; sys.exit(sys.version_info < (3, 11))'
-.venv/.installed: requirements.txt
+.venv/.installed: requirements.txt pyproject.toml
 	@if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
 		for python in python3 python3.13 python3.12 python3.11; do \
 			$$python -c $(OK) 2>/dev/null && break; python=; \

@@ -1,11 +1,26 @@
-"""Shared by every test and by nbval: what runs where no GPU is seen, and what fails."""
+"""Shared by every test and by nbval: what runs where no GPU is seen, and what fails.
+
+Every test starts from the same random numbers, and what it allocates is poisoned.
+"""
 
 import os
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+from tests.inputs import poison_empty
+
+# A notebook's kernel inherits these: it would not draw inline, or print in colour or in the
+# width of this terminal.
+for name in ("MPLBACKEND", "FORCE_COLOR", "CLICOLOR_FORCE", "PYTHON_COLORS", "COLUMNS"):
+    os.environ.pop(name, None)
+
+# The same examples on every run and every machine: one that fails, fails again.
+hypothesis.settings.register_profile("same", derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_sessionstart(session):
@@ -37,6 +52,20 @@ def pytest_xdist_make_scheduler(config, log):
             return notebook if cell else nodeid.split("[")[0]
 
     return Scheduler(config, log) if config.getoption("dist") == "loadscope" else None
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """A test draws what it draws alone, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_outputs():
+    """An element of its output that a kernel does not write is NaN, not what was there."""
+    with pytest.MonkeyPatch.context() as patch:
+        poison_empty(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

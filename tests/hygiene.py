@@ -7,13 +7,14 @@ bad examples in test_hygiene.py.
 
 import ast
 import re
+from decimal import Decimal
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 NOTEBOOKS = [*CHAPTERS, ROOT / "book" / "hardware.ipynb"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]
-LIBRARY = sorted((ROOT / "rcmlib").rglob("*.py"))
+LIBRARY = sorted(p for d in ("rcmlib", "benchmarks") for p in (ROOT / d).rglob("*.py"))
 
 MAX_LINES, MAX_COLUMNS = 25, 88
 MAX_EXERCISES, MIN_EXERCISES = 4, 2
@@ -126,6 +127,27 @@ def check_outputs_are_clean(notebook):
     return complaints
 
 
+# Digits around a point, more of them than rounding to what a reader needs would leave.
+DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?:[eE][-+]?\d+)?(?![\w.])")
+FULL_PRECISION = 13
+
+
+def check_no_full_precision(notebook):
+    """No compared output prints a float in full: its last digits depend on the machine.
+
+    The order of a sum, a fused multiply-add or another BLAS moves them. Exempt is a decimal
+    that a float holds exactly, such as 2⁻²⁰ = 9.5367431640625e-07: nothing was rounded there.
+    """
+    return [
+        f"{found[0]} in full precision in: {first_line(cell)}"
+        for cell in code_cells(notebook)
+        if "nbval-ignore-output" not in tags(cell)
+        for found in DECIMAL.finditer(output_text(cell))
+        if len(re.sub(r"[eE].*|\.", "", found[0])) >= FULL_PRECISION
+        and Decimal(found[0]) != Decimal(float(found[0]))
+    ]
+
+
 def check_tags(notebook):
     """Only known tags; no other way around nbval."""
     complaints = []
@@ -210,14 +232,14 @@ def check_cell_sizes(notebook):
 
 
 def check_first_cell_imports(notebook):
-    """Imports, the clone's root on sys.path, constants, the figures' style: no more."""
+    """Imports, constants, the figures' style: no more."""
     complaints = []
     for node in tree(code_cells(notebook)[0]).body:
         constant = (
             isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()
         )
         setup = isinstance(node, ast.Expr) and re.match(
-            r"sys\.path\.insert|figures\.\w+\(|torch\.manual_seed|\w*style\w*\(",
+            r"figures\.\w+\(|torch\.manual_seed|\w*style\w*\(",
             ast.unparse(node),
         )
         if not (isinstance(node, ast.Import | ast.ImportFrom) or constant or setup):
@@ -272,7 +294,7 @@ def check_shown_source(notebook, library):
     complaints = []
     for cell in code_cells(notebook):
         sources = len(re.findall(r"\bgetsource\(", cell.source))
-        if not sources or "rcmlib" not in str(imports(notebook)):
+        if not sources or not re.search("rcmlib|benchmarks", str(imports(notebook))):
             continue
         shown = [line.strip() for line in output_text(cell).strip().split("\n")]
         stale = [line for line in shown if line not in everywhere]

@@ -43,12 +43,24 @@ def torch_skip(x, f, c_skip, c_out):
 
 
 def poison_empty(monkeypatch, byte=0xFF):
-    """torch.empty returns NaN (−1 in integers), so that an element nobody writes shows."""
+    """torch.empty returns NaN (−1 in integers), so that an element nobody writes shows.
 
-    def poisoned(size, dtype, device):
-        count = torch.Size(size).numel() * dtype.itemsize
-        raw = torch.full((count,), byte, dtype=torch.uint8, device=device)
-        return raw.view(dtype).view(size)
+    PyTorch calls it too, in every form and under every mode: hence a fill of the result, which
+    is an operator like any other.
+    """
+    with torch.device("cpu"):
+        allocate = (
+            torch.empty
+        )  # here PyTorch notes, once, which functions take a device
+        allocate(0)
+    raw = torch.full((8,), byte, dtype=torch.uint8)
+    kinds = *DTYPES, torch.float64, torch.float8_e4m3fn, torch.int8, torch.int32
+    poison = {kind: raw.view(kind)[0].item() for kind in kinds}
+
+    def poisoned(*size, **options):
+        out = allocate(*size, **options)
+        out.detach().fill_(poison.get(out.dtype, byte))
+        return out
 
     monkeypatch.setattr(torch, "empty", poisoned)
 

@@ -170,6 +170,18 @@ def test_a_chapter_s_notebook_downloads_from_its_page(path, pages):
     assert notebooks and notebooks[0].read_bytes() == path.read_bytes()
 
 
+def test_clone_command_and_launch_buttons_name_one_repository_or_none(pages):
+    page = pages[(HTML / "book" / "how-to-run.html").resolve()]
+    clone = re.search(r"git clone (\S+)", page.path.read_text(encoding="utf-8"))
+    for path in CHAPTERS:
+        links = pages[(HTML / "notebooks" / f"{path.stem}.html").resolve()].all("a")
+        launch = [
+            link["href"] for link in links if "Launch on" in link.get("title", "")
+        ]
+        repository = urlsplit(clone[1]).path if clone else None
+        assert all(repository and f"{repository}/" in link for link in launch)
+
+
 def test_every_page_offers_light_and_dark_mode(pages):
     book = [p for p in pages.values() if p.path.parent.name in ("book", "notebooks")]
     assert book

@@ -13,6 +13,7 @@ from tests.hygiene import (
     check_figures,
     check_first_cell_imports,
     check_ignored_outputs_have_a_verdict,
+    check_no_full_precision,
     check_no_pasted_source,
     check_outputs_are_clean,
     check_quoted_numbers,
@@ -167,6 +168,26 @@ def test_a_pasted_copy_is_found_and_five_lines_are_not():
     six, five = ("\n".join(f"    x = x + {i}" for i in range(n)) for n in (6, 5))
     assert check_no_pasted_source(book(code(six)), LIB)
     assert not check_no_pasted_source(book(code(five)), LIB)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    ["4.114285714285714", "x = -0.30000000000000004", "[1.1102230246251565e-16]"],
+)
+def test_a_float_in_full_precision_is_found(shown):
+    result = new_output("execute_result", data={"text/plain": shown})
+    for output in (printed(shown), result):
+        assert check_no_full_precision(book(code("f()", [output])))
+
+
+@pytest.mark.parametrize("shown", ["4.1143", "2⁻²⁰ = 9.5367431640625e-07"])
+def test_a_rounded_or_exact_number_passes(shown):
+    assert not check_no_full_precision(book(code("f()", [printed(shown)])))
+
+
+def test_figures_of_the_reader_s_own_machine_may_have_any_digits():
+    cell = code("f()", [printed("4.114285714285714")], ["nbval-ignore-output"])
+    assert not check_no_full_precision(book(cell))
 
 
 def test_a_complete_chapter_passes():

@@ -3,6 +3,8 @@
 import nbformat
 import pytest
 
+from notebooks.measurements import records
+from rcmlib.measure.records import Records
 from tests.hygiene import (
     CHAPTERS,
     NOTEBOOKS,
@@ -14,6 +16,7 @@ from tests.hygiene import (
     check_figures,
     check_first_cell_imports,
     check_ignored_outputs_have_a_verdict,
+    check_no_full_precision,
     check_no_pasted_source,
     check_outputs_are_clean,
     check_quoted_numbers,
@@ -35,10 +38,9 @@ def name_of(path):
 
 
 def record_functions():
-    from rcmlib.measure import records
-
-    names = ("record", "median_ms", "ratio", "error", "traffic_mb", "traffic_share")
-    return {name: getattr(records, name) for name in names}
+    """The namespace of the comments behind numbers in prose: the methods of the records."""
+    methods = (name for name in vars(Records) if not name.startswith("_"))
+    return {name: getattr(records, name) for name in methods}
 
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
@@ -58,6 +60,11 @@ def test_every_cell_that_should_show_something_does(path):
 @every_notebook
 def test_no_output_holds_an_error_a_warning_or_a_machine_s_path(path):
     assert not check_outputs_are_clean(load(path))
+
+
+@every_notebook
+def test_no_compared_output_prints_a_float_in_full_precision(path):
+    assert not check_no_full_precision(load(path))
 
 
 @every_notebook

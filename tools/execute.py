@@ -23,20 +23,16 @@ CELL_TIMEOUT_S = 1800
 def execute(path: Path) -> None:
     """Run one notebook from its own folder, normalise it and write it back."""
     notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    client = NotebookClient(
+    NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT_S,
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
+        skip_cells_with_tag="" if torch.cuda.is_available() else "gpu",
         resources={"metadata": {"path": str(path.parent)}},
-    )
-    with client.setup_kernel():
-        for index, cell in enumerate(notebook.cells):
-            tags = cell.metadata.get("tags", [])
-            if cell.cell_type == "code" and ("gpu" not in tags or HAS_GPU):
-                client.execute_cell(cell, index)
+    ).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for count, cell in enumerate(code, start=1):
         cell.execution_count = count
         for output in cell.outputs:
@@ -48,11 +44,10 @@ def execute(path: Path) -> None:
     nbformat.write(nbformat.from_dict(notebook), path)
 
 
-HAS_GPU = torch.cuda.is_available()
-
 if __name__ == "__main__":
-    # The kernel must draw inline, whatever this shell has set.
-    os.environ.pop("MPLBACKEND", None)
+    # The kernel must draw inline and without colour, whatever this shell has set.
+    for name in ("MPLBACKEND", "FORCE_COLOR"):
+        os.environ.pop(name, None)
     if not sys.argv[1:]:
         sys.exit(__doc__)
     for name in sys.argv[1:]:
