@@ -66,7 +66,7 @@ def _call(kind: str, arguments: tuple, scale: float | None, is_causal: bool) -> 
     plan = known(call_key(kind, arguments, is_causal, False))
     q, k, v, x, *c = arguments
     if plan is not None:
-        return _launch_attention(*arguments, check_scale(scale, q), is_causal, plan)
+        return _launch(*arguments, check_scale(scale, q), is_causal, plan=plan)[0]
     q, k, v = checks.autocast(q, k, v)
     check_attention(q, k, v, is_causal)
     scale = check_scale(scale, q)
@@ -85,9 +85,8 @@ def check_attention(q, k, v, is_causal) -> None:
         checks.like(name, t, "q", q)
     batch, heads, _, head_dim = q.shape
     kv_shape = (batch, heads, k.shape[2], head_dim)
-    what = f"be [B, H, Nkv, D] with q's B, H, D {checks.dims(q)}"
-    checks.shape("k", k, what, kv_shape)
-    checks.shape("v", v, f"have k's shape {checks.dims(k)}", kv_shape)
+    checks.shape("k", k, "be [B, H, Nkv, D] with q's B, H, D =", kv_shape)
+    checks.shape("v", v, "have k's shape", kv_shape)
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[-1]:  # `in` breaks on a SymInt
         raise ValueError(
             f"q must have a head dimension of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {head_dim}"
@@ -114,8 +113,7 @@ def check_attention_residual(x, q) -> None:
     checks.tensor("x", x, rank=3)
     checks.residual("x", x, "q", q)
     batch, heads, q_len, head_dim = q.shape
-    shape = (batch, q_len, heads * head_dim)
-    checks.shape("x", x, f"be [B, Nq, H*D] = {list(shape)}", shape)
+    checks.shape("x", x, "be [B, Nq, H*D] =", (batch, q_len, heads * head_dim))
     checks.contiguous_rows("x", x)
 
 
@@ -129,15 +127,15 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     check_device("q", q.device)
     c = checks.as_launched(c_skip, c_out)
-    return _launch_attention(q, k, v, x, *c, scale, is_causal, None)
+    return _launch(q, k, v, x, *c, scale, is_causal)[0]
 
 
-def _launch_attention(q, k, v, x, c_skip, c_out, scale, is_causal, plan) -> Tensor:
+def _launch(q, k, v, x, c_skip, c_out, scale, is_causal, save=False, plan=None) -> tuple:
     from rcmlib.attention.forward import attention_forward
 
-    dtype = q.dtype if x is None else x.dtype
-    arguments = (q, k, v, x, c_skip, c_out, scale, is_causal, False, plan)
-    return run_on_device(attention_forward, [dtype], *arguments)[0]
+    dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
+    arguments = (q, k, v, x, c_skip, c_out, scale, is_causal, save, plan)
+    return run_on_device(attention_forward, dtypes, *arguments)
 
 
 @torch.library.register_fake("rcmlib::attention")
@@ -153,12 +151,9 @@ def _attention_saving(
     c_skip: Tensor | None, c_out: Tensor | None, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, f, lse). Without x, out is f, and the second result is empty."""
-    from rcmlib.attention.forward import attention_forward
-
     check_device("q", q.device)
-    dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
-    arguments = (q, k, v, x, *checks.as_launched(c_skip, c_out), scale, is_causal, True)
-    return run_on_device(attention_forward, dtypes, *arguments)
+    c = checks.as_launched(c_skip, c_out)
+    return _launch(q, k, v, x, *c, scale, is_causal, save=True)
 
 
 @torch.library.register_fake("rcmlib::attention_saving")

@@ -44,9 +44,10 @@ def _same_device(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
 
 
 def shape(name: str, t: Tensor, what: str, *allowed: tuple) -> None:
-    """ValueError that says `what` t must be, unless it has one of these shapes."""
+    """ValueError that says `what` t must be, unless it has one of the allowed shapes."""
     if t.shape not in allowed:
-        raise ValueError(f"{name} must {what}, got {dims(t)}")
+        shapes = " or ".join(str(list(a)) for a in allowed)
+        raise ValueError(f"{name} must {what} {shapes}, got {dims(t)}")
 
 
 def contiguous_rows(name: str, t: Tensor) -> None:

@@ -222,7 +222,7 @@ def result(like: Tensor, shape, dtype: torch.dtype | None = None, wanted=True) -
 def run_on_device(
     launcher: Callable[..., Tensor | tuple[Tensor, ...]], dtypes: Sequence[torch.dtype], *args
 ) -> Tensor | tuple[Tensor, ...]:
-    """Runs a launcher on its first argument's device. Its results have these dtypes.
+    """Runs a launcher on its first argument's device. Its results get these dtypes.
 
     Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
     on a CPU bfloat16 inputs are computed in float32 and the results are rounded.
@@ -237,7 +237,7 @@ def run_on_device(
         results = launcher(*(_widened(a) for a in args))
     if isinstance(results, Tensor):
         return results.to(dtypes[0])
-    return tuple(r.to(dtype) for r, dtype in zip(results, dtypes, strict=True))
+    return tuple(r.to(dtype) for r, dtype in zip(results, dtypes, strict=False))
 
 
 def _widened(a):

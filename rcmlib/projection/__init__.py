@@ -60,9 +60,7 @@ def gated_projection(
     _check_projection(a, weight, bias, x)
     checks.tensor("gate", gate, rank=None)
     checks.residual("gate", gate, "a", a)
-    batch, _, cols = x.shape
-    what = f"be [B, C] = [{batch}, {cols}] or [B, N, C] = {checks.dims(x)}"
-    checks.shape("gate", gate, what, (batch, cols), x.shape)
+    checks.shape("gate", gate, "be [B, C] or [B, N, C] =", x.shape[::2], x.shape)
     checks.contiguous_rows("gate", gate)
     return _project(a, weight, bias, x, checks.constant(1.0), gate)
 
@@ -78,16 +76,15 @@ def _check_projection(a, weight, bias, x) -> None:
     checks.tensor("a", a, rank=3)
     checks.tensor("weight", weight, rank=2)
     checks.like("weight", weight, "a", a)
-    cols, depth = weight.shape[0], a.shape[2]
-    checks.shape("weight", weight, f"be [C, K] with a's K = {depth}", (cols, depth))
+    cols = weight.shape[0]
+    checks.shape("weight", weight, "be [C, K] with a's K =", (cols, a.shape[2]))
     if bias is not None:
         checks.tensor("bias", bias, rank=1)
         checks.like("bias", bias, "a", a)
-        checks.shape("bias", bias, f"be None or [C] = [{cols}]", (cols,))
+        checks.shape("bias", bias, "be None or [C] =", (cols,))
     checks.tensor("x", x, rank=3)
     checks.residual("x", x, "a", a)
-    shape = (*a.shape[:2], cols)
-    checks.shape("x", x, f"be [B, N, C] = {list(shape)}", shape)
+    checks.shape("x", x, "be [B, N, C] =", (*a.shape[:2], cols))
     for name, t in (("a", a), ("weight", weight), ("bias", bias), ("x", x)):
         if t is not None:
             checks.contiguous_rows(name, t)
@@ -153,14 +150,9 @@ class _Projection(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # f gets none: no zeros for it
         ctx.dtypes = x.dtype, a.dtype
         a_needed, weight_needed, _, _, x_needed, f_needed, _ = ctx.needs_input_grad
-        ctx.save_for_backward(  # each factor of a product for the other's gradient
-            a if weight_needed else None,
-            weight if a_needed else None,
-            x if x_needed else None,
-            f if f_needed else None,
-            c_skip,
-            c_out,
-        )
+        # Each factor of a product for the other's gradient.
+        needed = (weight_needed, a_needed, x_needed, f_needed)
+        ctx.save_for_backward(*gradients.wanted((a, weight, x, f), needed), c_skip, c_out)
 
     @staticmethod
     @gradients.once_differentiable

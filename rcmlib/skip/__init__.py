@@ -25,7 +25,7 @@ def rcm_skip(x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor
     for name, t in (("x", x), ("f", f)):
         checks.tensor(name, t, rank=None)
     checks.residual("x", x, "f", f)
-    checks.shape("f", f, f"have x's shape {checks.dims(x)}", x.shape)
+    checks.shape("f", f, "have x's shape", x.shape)
     checked = checks.coefficients(c_skip, c_out, x)
     training = gradients.wants_grad(x, f, *checked)
     if not training and x.is_contiguous() and f.is_contiguous():  # no need of views
