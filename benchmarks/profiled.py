@@ -10,6 +10,7 @@ inside: the bytes that this second sweep makes the cache write out are the imple
 The last line of the output is JSON: for each shape, the labels that ran, in order.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -64,20 +65,27 @@ def profile_shape(name: str, buffer: torch.Tensor, sink: torch.Tensor) -> list[s
     return [label for label in labels(name) if label not in failed]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks profiled",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE")
+    names = parser.parse_args(arguments).shapes
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here, so there is nothing to profile")
-    if unknown := set(sys.argv[1:]) - set(SHAPES):
+    if unknown := set(names) - set(SHAPES):
         sys.exit(f"unknown shapes {sorted(unknown)}; there are: {', '.join(SHAPES)}")
     buffer = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     sink = torch.zeros(1, device="cuda")
     flush(buffer, sink)  # or the zeros just written would be the first call's writes
     done = {}
-    for name in sys.argv[1:] or SHAPES:
+    for name in names or SHAPES:
         done[name] = profile_shape(name, buffer, sink)
         timing.free()
     print(json.dumps(done))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

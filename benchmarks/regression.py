@@ -1,12 +1,18 @@
-"""Has something become slower? A record's ratios against those of an older record.
+"""Has something become slower? python -m benchmarks compare NOW.json BEFORE.json
 
 Times depend on the machine and its clock; how much faster one implementation is than another
-in the same run depends on them little. So ratios are compared, case by case.
+in the same run depends on them little. So ratios are compared, case by case. A record is a
+file, or the name of a stored one. Exit 1 if something became slower or fails now.
 """
 
+import argparse
+import sys
 from typing import NamedTuple
 
-from rcmlib.measure.tables import spread_ms
+from benchmarks import open_record
+from benchmarks.suites import SUITES
+from benchmarks.suites.suite import REFERENCE
+from rcmlib.measure.records import spread_ms
 
 TOLERANCE = 0.05
 WORSE = frozenset({"slower", "fails now"})
@@ -81,3 +87,36 @@ def passes(rows: list[Row]) -> bool:
     """Nothing became slower or fails now, and something was compared."""
     compared = any(row.verdict in ("same", "faster") for row in rows)
     return compared and not any(row.verdict in WORSE for row in rows)
+
+
+def judge(now: dict, before: dict, reference: str, tolerance: float) -> int:
+    """Prints what moved between two records; the exit status.
+
+    now needs `name`, `cases` and the provenance's `device` only.
+    """
+    rows = compare(now["cases"], before["cases"], reference, tolerance)
+    here, there = (record["provenance"]["device"] for record in (now, before))
+    if here != there:
+        print(f"the baseline is from another GPU: {there}")
+    print(f"{now['name']}: {report(rows)}")
+    return 0 if passes(rows) else 1
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("now", metavar="NOW.json")
+    parser.add_argument("before", metavar="BEFORE.json")
+    parser.add_argument("--reference", metavar="IMPLEMENTATION")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE)
+    options = parser.parse_args(arguments)
+    try:
+        now, before = open_record(options.now), open_record(options.before)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    suite = SUITES.get(before["name"])
+    reference = options.reference or (suite.reference if suite else REFERENCE)
+    sys.exit(judge(now, before, reference, options.tolerance))

@@ -11,18 +11,13 @@ whose units take turns needs their sum. Ceilings are measured rates of the same 
 import math
 from typing import NamedTuple
 
-from rcmlib.measure import ledger, records
+from benchmarks import records
+from rcmlib.measure import ledger
+from rcmlib.measure.implementations import IMPLEMENTATIONS
 
 # Keys a step of the online softmax; a step rescales a row by one more exponential. Kernels
 # differ in it, but only 1/KEYS of the exponentials depend on it.
 KEYS = 128
-# The data types of q kᵀ and of p v.
-PRODUCTS = {
-    "negate": (),
-    "sage": ("int8", "fp8"),
-    "sage_kernel_fp8": ("int8", "fp8"),
-    "sage1_compiled": ("int8", "bf16"),  # float16, which has bf16's rate
-}
 
 
 class Work(NamedTuple):
@@ -50,7 +45,7 @@ def work(label: str, batch: int, heads: int, tokens: int, dim: int) -> Work:
     passes = ledger.pipeline(label, batch, heads, tokens, dim)
     scores = batch * heads * tokens**2
     flop: dict[str, float] = {}
-    types = PRODUCTS.get(label, ("bf16", "bf16"))
+    types = IMPLEMENTATIONS[label].products if label in IMPLEMENTATIONS else ()
     for dtype in types:
         flop[dtype] = flop.get(dtype, 0) + 2.0 * scores * dim
     steps = 0 if label == "naive" else math.ceil(tokens / KEYS)

@@ -1,4 +1,4 @@
-"""HBM traffic by the hardware's own counters: python -m benchmarks.traffic [--out …].
+"""HBM traffic by the hardware's own counters: python -m benchmarks traffic [--out …].
 
 Starts Nsight Compute on `benchmarks.profiled` twice, once with the caches as the program
 leaves them (--cache-control none) and once with all caches emptied before every kernel (all),
@@ -24,7 +24,9 @@ from pathlib import Path
 
 import torch
 
-from rcmlib.measure import ledger, records
+from benchmarks import ROOT, records
+from benchmarks.provenance import save
+from rcmlib.measure import ledger
 
 SHAPES = {  # (B, H, N, D)
     "seed": (4, 12, 2048, 64),
@@ -111,7 +113,7 @@ def run(cache: str, shapes: list[str]) -> tuple[str, dict[str, list[str]]]:
             command(ncu, cache, log, shapes),
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             env=os.environ | {"LC_ALL": "C", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
         )
         text = log.read_text() if log.exists() else ""
@@ -164,7 +166,7 @@ def parse(log: str) -> list[dict]:
     return list(kernels.values())
 
 
-def passes(log: str) -> int:
+def replays(log: str) -> int:
     """How often the profiler ran a kernel, at most: more than once disturbs the caches."""
     return max(map(int, re.findall(r"- (\d+) pass", log)), default=1)
 
@@ -195,7 +197,7 @@ def summed(kernels: list[dict], marker: dict) -> dict:
 # ---- the record ----
 
 
-def measure(shapes: list[str]) -> list[dict]:
+def traffic_cases(shapes: list[str]) -> list[dict]:
     """The cases of the record `traffic`. ProfilerError where nothing can be counted."""
     cases = [
         {"name": name, **dict(zip("BHND", SHAPES[name], strict=True)),
@@ -208,7 +210,7 @@ def measure(shapes: list[str]) -> list[dict]:
             by_label(parse(log), [n for found in ran.values() for n in found])
         )
         for case in cases:
-            case["passes"][cache] = passes(log)
+            case["passes"][cache] = replays(log)
             for label in ran[case["name"]]:
                 case["traffic"].setdefault(label, {})[cache] = next(groups)
     return cases
@@ -220,7 +222,7 @@ def predicted_mb(case: dict, label: str, l2_bytes: float = 0) -> float:
     return ledger.hbm(ledger.pipeline(label, *shape), l2_bytes).bytes / 1e6
 
 
-def table(cases: list[dict]) -> str:
+def traffic_table(cases: list[dict]) -> str:
     """MB of each implementation: by the ledger, caches ignored, and counted."""
     lines = []
     for case in cases:
@@ -237,31 +239,30 @@ def table(cases: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks traffic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument(
-        "--out", type=Path, default=records.FOLDER, help="a folder, or a .json file"
+        "--out", type=Path, default=records.folder, metavar="FOLDER or FILE.json"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         if "traffic" in records.names():
             print(f"The stored record, {records.machine('traffic')}:")
-            print(table(records.record("traffic")["cases"]))
+            print(traffic_table(records.record("traffic")["cases"]))
         sys.exit("no CUDA device here, so nothing can be counted")
     try:
-        cases = measure(options.shapes)
+        cases = traffic_cases(options.shapes)
     except ProfilerError as reason:
         sys.exit(str(reason))
-    records.save(
-        "traffic", WHAT, f"{METHOD} Nsight Compute {version()}.", cases, options.out
-    )
-    print(table(cases))
+    method = f"{METHOD} Nsight Compute {version()}."
+    save("traffic", WHAT, method, cases, options.out)
+    print(traffic_table(cases))
     if max(most for case in cases for most in case["passes"].values()) > 1:
         print(
             "Kernels were run more than once: caches were not as the program left them."
         )
-
-
-if __name__ == "__main__":
-    main()

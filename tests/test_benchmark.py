@@ -5,6 +5,7 @@ Without a GPU the clock is a fake; the machinery is the real one.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 
@@ -12,17 +13,15 @@ import pytest
 import torch
 
 import rcmlib
-from benchmarks.suites import SUITES
-from benchmarks.suites.suite import Suite, one_by_one
-from rcmlib.measure import (
-    benchmark,
-    peers,
-    pipelines,
-    records,
-    regression,
-    tables,
-    timing,
-)
+from benchmarks import __main__ as program
+from benchmarks import host, provenance, records, regression, run_suites, traffic
+from benchmarks.provenance import as_text
+from benchmarks.suites import SUITES, training
+from benchmarks.suites.suite import Suite
+from rcmlib.measure import benchmark, implementations, timing
+from rcmlib.measure.benchmark import table
+from rcmlib.measure.implementations import IMPLEMENTATIONS
+from rcmlib.sage import PV
 from tests.inputs import without_a_gpu
 
 
@@ -134,25 +133,25 @@ def test_a_failure_has_one_short_sentence(error, sentence):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch, clock):
-    """peers.measure on CPU inputs, with these implementations."""
+    """benchmark_shape on CPU inputs, with these implementations."""
 
     def inputs(batch, heads, tokens, dim, dtype, seed):
         random = torch.Generator().manual_seed(seed)
         q, k, v = torch.randn(3, batch, heads, tokens, dim, generator=random).to(dtype)
         x = torch.randn(batch, tokens, heads * dim, generator=random).to(dtype)
         c = rcmlib.edm(torch.rand(batch, generator=random))
-        return pipelines.Inputs(q, k, v, x, c.c_skip, c.c_out)
+        return implementations.Inputs(q, k, v, x, c.c_skip, c.c_out)
 
     def implementation(label, inputs):
         if label == "flash":
             raise RuntimeError("flash is not supported here. Sorry.")
         if label == "cudnn":
             raise torch.OutOfMemoryError("Tried to allocate 7.00 GiB")
-        run = pipelines.implementation(label, inputs)
+        run = implementations.implementation(label, inputs)
         return (lambda: run() * 1.5) if label == "fused_pytorch" else run
 
-    monkeypatch.setattr(peers, "attention_inputs", inputs)
-    monkeypatch.setattr(peers, "implementation", implementation)
+    monkeypatch.setattr(benchmark, "attention_inputs", inputs)
+    monkeypatch.setattr(benchmark, "implementation", implementation)
     monkeypatch.setattr(FakeClock, "samples", lambda self, fn, n: [fn() is None] * n)
 
 
@@ -161,7 +160,7 @@ def test_what_is_wrong_or_fails_is_named_with_its_reason_and_the_rest_is_timed(
     on_the_cpu,
 ):
     labels = ["naive", "flash", "cudnn", "fused_pytorch", "fused"]
-    found = peers.measure("small", (2, 2, 64, 32), labels)
+    found = benchmark.benchmark_shape("small", (2, 2, 64, 32), labels)
     assert list(found["results"]) == ["naive", "fused"]
     assert found["failed"]["flash"] == "flash is not supported here"
     assert found["failed"]["cudnn"] == "out of memory: tried to allocate 7.00 GiB"
@@ -170,18 +169,18 @@ def test_what_is_wrong_or_fails_is_named_with_its_reason_and_the_rest_is_timed(
     assert found["peak_bytes"] == {"naive": 1_000_000, "fused": 1_000_000}
     assert (found["B"], found["H"], found["N"], found["D"]) == (2, 2, 64, 32)
     assert found["flop"] == 4 * 2 * 2 * 64**2 * 32 and found["seed"] == 0
-    assert json.loads(records.as_text(found)) == found
+    assert json.loads(as_text(found)) == found
 
 
 def test_where_not_even_the_inputs_fit_everything_has_failed(monkeypatch):
     def inputs(*_):
         raise torch.OutOfMemoryError("Tried to allocate 99.00 GiB")
 
-    monkeypatch.setattr(peers, "attention_inputs", inputs)
-    found = peers.measure("huge", (1, 1, 1, 16), ["naive", "fused"])
+    monkeypatch.setattr(benchmark, "attention_inputs", inputs)
+    found = benchmark.benchmark_shape("huge", (1, 1, 1, 16), ["naive", "fused"])
     assert found["results"] == {} and list(found["failed"]) == ["naive", "fused"]
     assert "99.00 GiB" in found["failed"]["fused"]
-    assert "not timed: inputs: out of memory" in tables.table(found)
+    assert "not timed: inputs: out of memory" in table(found)
 
 
 @pytest.mark.parametrize(
@@ -213,9 +212,9 @@ def test_bad_input_is_named(arguments, options, error, message):
 def test_without_a_gpu_the_function_says_so():
     with pytest.raises(RuntimeError, match="a CUDA device, and there is none here"):
         rcmlib.benchmark_all_implementations(1, 64, 64, 1)
-    for measure in (timing.launch_us, timing.launch):
+    for clock in (host.host_time, lambda fn: host.wall({"fn": fn})):
         with pytest.raises(RuntimeError, match="a CUDA device"):
-            measure(lambda: None)
+            clock(lambda: None)
 
 
 def test_importing_rcmlib_brings_neither_triton_nor_the_benchmark():
@@ -231,7 +230,7 @@ def test_importing_rcmlib_brings_neither_triton_nor_the_benchmark():
 
 
 def test_the_table_compares_with_the_faster_two_pass():
-    shown = tables.table(
+    shown = table(
         case(flash_compiled=2.0, cudnn_compiled=1.0, fused=0.8, failed={"naive": "no"})
     )
     lines = shown.split("\n")
@@ -244,7 +243,7 @@ def test_the_table_compares_with_the_faster_two_pass():
 
 def test_the_table_shows_rates_and_memory_where_they_are_known():
     one = case(fused=2.0) | {"flop": 4e12, "peak_bytes": {"fused": 12_500_000}}
-    lines = tables.table(one).split("\n")
+    lines = table(one).split("\n")
     assert lines[1].split()[4:] == ["TFLOP/s", "peak", "MB"]
     assert lines[2].split() == ["fused", "2.0000", "0.0000", "2000", "12.5"]
 
@@ -252,7 +251,7 @@ def test_the_table_shows_rates_and_memory_where_they_are_known():
 def test_every_stored_record_can_be_shown():
     for name in records.names():
         for one in records.record(name)["cases"]:
-            assert one["name"] in tables.table(one)
+            assert one["name"] in table(one)
 
 
 # ---- against a baseline ----
@@ -319,7 +318,7 @@ def options(**given):
 
 @pytest.fixture
 def a_machine(monkeypatch):
-    monkeypatch.setattr(records, "provenance", lambda: {"device": "a GPU"})
+    monkeypatch.setattr(provenance, "provenance", lambda: {"device": "a GPU"})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
@@ -327,15 +326,15 @@ def suite_of(*cases):
     def measure(one):
         if isinstance(one, BaseException):
             raise one
-        return one
+        yield one
 
-    return Suite("what", "how.", one_by_one(measure, [(one,) for one in cases]))
+    return Suite("what", "how.", measure, [(one,) for one in cases])
 
 
 def test_ctrl_c_keeps_the_cases_that_are_done(a_machine, tmp_path, capsys):
     (tmp_path / "test.json").write_text("the record before")
     interrupted = suite_of(case("one", fused=1.0), KeyboardInterrupt(), case("three"))
-    status = benchmark.run_suite("test", interrupted, options(out=tmp_path), None)
+    status = run_suites.run_suite("test", interrupted, options(out=tmp_path), None)
     assert status == 130
     assert "interrupted after 1 case(s); stored: " in capsys.readouterr().out
     kept = json.loads((tmp_path / "test.json.partial").read_text())
@@ -346,7 +345,7 @@ def test_ctrl_c_keeps_the_cases_that_are_done(a_machine, tmp_path, capsys):
 def test_an_error_in_a_case_keeps_the_others_too(a_machine, tmp_path):
     broken = suite_of(case("one", fused=1.0), RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
-        benchmark.run_suite("test", broken, options(out=tmp_path), None)
+        run_suites.run_suite("test", broken, options(out=tmp_path), None)
     assert (tmp_path / "test.json.partial").exists()
 
 
@@ -358,7 +357,7 @@ def test_a_suite_is_stored_and_compared(a_machine, tmp_path, capsys):
     for median, status in ((1.0, 0), (1.3, 1)):
         suite = suite_of(case(cudnn_compiled=1.0, fused=median))
         out = tmp_path / "mine.json"
-        assert benchmark.run_suite("test", suite, options(out=out), before) == status
+        assert run_suites.run_suite("test", suite, options(out=out), before) == status
         stored = json.loads(out.read_text())
         assert stored["name"] == "test" and stored["method"].endswith(" how.")
         assert stored["cases"][0]["results"]["fused"]["all_ms"] == [median] * 5
@@ -368,18 +367,18 @@ def test_a_suite_is_stored_and_compared(a_machine, tmp_path, capsys):
 
 def test_lists_of_numbers_take_one_line_of_a_record():
     content = {"a": [1.5, 2, -3e-05], "b": ["x"], "c": [], "d": {"e": [[1], [2]]}}
-    text = records.as_text(content)
+    text = as_text(content)
     assert '"a": [1.5,2,-3e-05]' in text and json.loads(text) == content
 
 
 def command(*arguments):
-    parts = [sys.executable, "-m", "benchmarks.__main__", *arguments]
+    parts = [sys.executable, "-m", "benchmarks", *arguments]
     return subprocess.run(parts, capture_output=True, text=True)
 
 
 @without_a_gpu
 def test_without_a_gpu_the_stored_record_is_shown():
-    done = command("--suite", "attention")
+    done = command("suites", "attention")
     assert done.returncode == 0 and not done.stderr
     assert done.stdout.startswith("There is no CUDA device here, so nothing can be")
     assert "NVIDIA H100" in done.stdout and "cudnn_compiled" in done.stdout
@@ -387,34 +386,102 @@ def test_without_a_gpu_the_stored_record_is_shown():
 
 @without_a_gpu
 def test_without_a_gpu_there_is_nothing_to_check():
-    done = command("--suite", "attention", "--baseline")
+    done = command("suites", "attention", "--baseline")
     assert done.returncode == 1 and "a baseline needs one" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "nope"], "invalid choice: 'nope'"),
+        (["nope"], "no suite 'nope'; there are: ceilings, skip, attention"),
         (["--shape", "1,2,3"], "--shape must be four numbers B,N,C,HEADS, got '1,2,3'"),
         (["--shape", "1,64,100,3"], "C must be a multiple of num_heads"),
-        (["--shape", "1,64,64,1", "--suite", "seed"], "not both"),
-        (["--suite", "seed", "wan", "--out", "x.json"], "x.json is one record"),
-        (["--suite", "seed", "--baseline", "nope"], "no record 'nope'; there are:"),
-        (["--suite", "seed", "--baseline", "nope.json"], "No such file"),
+        (["seed", "--shape", "1,64,64,1"], "not both"),
+        (["seed", "wan", "--out", "x.json"], "x.json is one record"),
+        (["seed", "--baseline", "nope"], "no record 'nope'; there are:"),
+        (["seed", "--baseline", "nope.json"], "No such file"),
     ],
 )
-def test_bad_options_are_refused_before_anything_runs(
-    arguments, message, capsys, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+def test_bad_options_are_refused_before_anything_runs(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        benchmark.main()
+        run_suites.main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_every_suite_is_named_in_the_help():
     for name in SUITES:
-        assert name in benchmark.__doc__, name
+        assert name in run_suites.__doc__, name
+
+
+def test_two_records_are_compared_by_the_command(tmp_path, capsys):
+    paths = []
+    for device, fused in (("one", 1.0), ("another", 1.3)):
+        cases = [case(cudnn_compiled=1.0, fused=fused)]
+        content = {"name": "mine", "provenance": {"device": device}, "cases": cases}
+        paths.append(tmp_path / f"{device}.json")
+        paths[-1].write_text(json.dumps(content))
+    before, now = map(str, paths)
+    for arguments, status in (([before, before], 0), ([now, before], 1)):
+        with pytest.raises(SystemExit) as stop:
+            regression.main(arguments)
+        assert stop.value.code == status
+    shown = capsys.readouterr().out
+    assert "another GPU: one" in shown and "slower: N1024 fused" in shown
+    with pytest.raises(SystemExit) as stop:
+        regression.main(["nope", before])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_every_command_is_named_in_the_help_and_has_its_own(name):
+    assert name in program.__doc__
+    done = command(name, "--help")
+    assert done.returncode == 0 and f"python -m benchmarks {name}" in done.stdout
+
+
+def test_an_unknown_command_lists_those_that_exist():
+    done = command("nope")
+    assert (
+        done.returncode == 2 and "no command 'nope'; there are: suites" in done.stderr
+    )
+
+
+# ---- one row an implementation ----
+
+# Suites that compare implementations of the table; others time parts, layers or blocks.
+COMPARISONS = (
+    "attention", "one_over_n", "sage", "sage_crossover", "quick", "seed", "video", "wan",
+    "scaling", "batch", "dims",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_s_labels_are_in_the_table(name):
+    for _, shape, labels in SUITES[name].each:
+        assert len(shape) == 4 and set(labels) <= IMPLEMENTATIONS.keys()
+    if name in records.names():
+        for one in records.record(name)["cases"]:
+            assert one["results"].keys() <= IMPLEMENTATIONS.keys()
+
+
+def test_the_labels_of_training_and_of_traffic_are_in_the_table():
+    assert set(training.TRAINED) <= IMPLEMENTATIONS.keys()
+    for one in records.record("gradients")["cases"]:
+        assert set(training.TRAINED) <= one["results"].keys()
+    counted = {label for shape in traffic.SHAPES for label in traffic.labels(shape)}
+    for one in records.record("traffic")["cases"]:
+        counted |= one["traffic"].keys()
+    assert counted - IMPLEMENTATIONS.keys() == {"negate"}
+
+
+def test_every_row_of_the_table_is_whole():
+    for label, row in IMPLEMENTATIONS.items():
+        assert row.label == label and callable(row.build)
+        assert re.fullmatch("#[0-9A-F]{6}", row.colour)
+        assert set(row.products) <= {"bf16", "int8", "fp8"}
+    titles = [row.title for row in IMPLEMENTATIONS.values()]
+    assert len(set(titles)) == len(titles)
+    assert {f"sage_kernel_{pv}" for pv in PV} <= IMPLEMENTATIONS.keys()
 
 
 # ---- on a GPU ----
@@ -424,13 +491,13 @@ def test_every_suite_is_named_in_the_help():
 def test_every_implementation_gets_a_time_at_a_small_shape(capsys):
     found = rcmlib.benchmark_all_implementations(2, 512, 256, 4)
     assert not found["failed"]
-    for label in peers.installed(peers.PEERS):
+    for label in implementations.installed(benchmark.PEERS):
         timed = found["results"][label]
         assert 0 < timed["p10_ms"] <= timed["median_ms"] <= timed["p90_ms"], label
         assert timed["samples"] == len(timed["all_ms"]) >= 20
         assert found["peak_bytes"][label] > 0
     assert "× two-pass" in capsys.readouterr().out
-    assert json.loads(records.as_text(found)) == found
+    assert json.loads(as_text(found)) == found
 
 
 @pytest.mark.gpu
@@ -445,13 +512,13 @@ def test_what_is_not_supported_is_reported_and_the_rest_goes_on():
 
 @pytest.mark.gpu
 def test_a_wrong_implementation_gets_no_time(monkeypatch):
-    right = pipelines.IMPLEMENTATIONS["fused"]
+    right = IMPLEMENTATIONS["fused"]
 
     def wrong(inputs):
-        run = right(inputs)
+        run = right.build(inputs)
         return lambda: run() * 1.1
 
-    monkeypatch.setitem(pipelines.IMPLEMENTATIONS, "fused", wrong)
+    monkeypatch.setitem(IMPLEMENTATIONS, "fused", right._replace(build=wrong))
     found = rcmlib.benchmark_all_implementations(
         1, 256, 128, 2, implementations=["triton_skip", "fused"]
     )
@@ -462,7 +529,7 @@ def test_a_wrong_implementation_gets_no_time(monkeypatch):
 @pytest.mark.gpu
 def test_out_of_memory_is_reported_and_the_memory_is_free_again(gpu_memory):
     before = torch.cuda.memory_allocated()
-    found = peers.measure("long", (1, 12, 200_000, 64), ["naive", "fused"])
+    found = benchmark.benchmark_shape("long", (1, 12, 200_000, 64), ["naive", "fused"])
     assert found["failed"]["naive"].startswith("out of memory: tried to allocate")
     assert found["results"]["fused"]["samples"] >= 5
     timing.free()
@@ -473,5 +540,5 @@ def test_out_of_memory_is_reported_and_the_memory_is_free_again(gpu_memory):
 @pytest.mark.gpu
 def test_a_launch_takes_microseconds():
     x = torch.randn(64, 64, device="cuda")
-    assert 0.5 < timing.launch_us(lambda: x + x) < 10_000
-    assert timing.wall({"add": lambda: x + x})["add"].samples == 20
+    assert 0.5 < 1e3 * host.host_time(lambda: x + x).median_ms < 10_000
+    assert host.wall({"add": lambda: x + x})["add"].samples == 20

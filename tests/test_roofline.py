@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from benchmarks import roofline
+from benchmarks import records, roofline
 from benchmarks.roofline import Ceilings, Work
 from benchmarks.suites import ceilings as suite
 from rcmlib.measure import compile as ptx
-from rcmlib.measure import ledger, records
+from rcmlib.measure import ledger
 
 # Round numbers, no machine's: bytes, FLOP and exp2 a second.
 MADE_UP = Ceilings(1e12, {"bf16": 1e15, "fp8": 2e15, "int8": 2e15}, 4e12)

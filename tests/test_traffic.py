@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import traffic
+from benchmarks import records, traffic
 from benchmarks.traffic import ProfilerError
-from rcmlib.measure import ledger, records
+from rcmlib.measure import ledger
 from rcmlib.measure.implementations import IMPLEMENTATIONS
 from tests.inputs import without_a_gpu
 
@@ -182,8 +182,8 @@ def test_a_metric_that_is_missing_is_an_error():
 
 
 def test_a_kernel_that_was_replayed_is_told():
-    assert traffic.passes(log_of()) == 1
-    assert traffic.passes(log_of() + '\n==PROF== "b" - 1: 100% - 3 passes') == 3
+    assert traffic.replays(log_of()) == 1
+    assert traffic.replays(log_of() + '\n==PROF== "b" - 1: 100% - 3 passes') == 3
 
 
 # ---- messages ----
@@ -209,7 +209,7 @@ def test_other_errors_of_the_profiler_are_passed_on():
 @without_a_gpu
 @pytest.mark.parametrize("module", ["traffic", "profiled"])
 def test_without_a_gpu_one_sentence_says_so(module):
-    command = [sys.executable, "-m", f"rcmlib.measure.{module}"]
+    command = [sys.executable, "-m", "benchmarks", module]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("no CUDA device here, so") and "\n" in done.stderr
@@ -267,5 +267,5 @@ def test_no_kernel_was_replayed_for_the_stored_record():
 
 def test_the_table_shows_every_implementation_of_the_record():
     cases = records.record("traffic")["cases"]
-    shown = traffic.table(cases)
+    shown = traffic.traffic_table(cases)
     assert all(label in shown for case in cases for label in case["traffic"])

@@ -1,4 +1,4 @@
-"""The suites of `python -m benchmarks.__main__`, by the name of the record they write."""
+"""The suites of `python -m benchmarks suites`, by the name of the record they write."""
 
 from benchmarks.suites import blocks, ceilings, layers, peers, sage, spine, training
 

@@ -13,9 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import rcmlib
-from benchmarks.suites.suite import Suite, case, one_by_one, right_ones
+from benchmarks.host import graph
+from benchmarks.suites.suite import Suite
 from rcmlib import integrate, modules, reference
 from rcmlib.measure import timing
+from rcmlib.measure.benchmark import case, check
 from rcmlib.measure.implementations import eager_skip
 from rcmlib.wan import WanBlock
 
@@ -24,33 +26,27 @@ PROJECTIONS = {  # (B, N, K, C)
     "M32760_C1536": (1, 32760, 1536, 1536),
     "M32760_C5120": (1, 32760, 5120, 5120),
 }
-SEED = {"B": 4, "N": 2048, "C": 768, "H": 12}
-WAN = {"C": 1536, "H": 12, "ffn": 8960}  # Wan 2.1, 1.3B
-GRIDS = {
-    "wan_short": (1, 30, 52),
-    "wan_long": (21, 30, 52),
-}  # latent frames, rows, columns
+LAYER = {"B": 4, "N": 2048, "C": 768, "H": 12}
+WAN_BLOCK = {"C": 1536, "H": 12, "ffn": 8960}  # Wan 2.1, 1.3B
+# Latent frames, rows, columns.
+GRIDS = {"wan_short": (1, 30, 52), "wan_long": (21, 30, 52)}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
-def distance(ref: Tensor | tuple[Tensor, ...]) -> Callable[[str, object], float]:
+def largest_error(out: Tensor | tuple[Tensor, ...], ref) -> float:
     """The relative L2 error against ref; of several tensors, the largest."""
-
-    def error(_, out):
-        pairs = [(out, ref)] if isinstance(out, Tensor) else zip(out, ref, strict=True)
-        return max(reference.relative_l2(a, b) for a, b in pairs)
-
-    return error
+    pairs = [(out, ref)] if isinstance(out, Tensor) else zip(out, ref, strict=True)
+    return max(reference.relative_l2(a, b) for a, b in pairs)
 
 
 def gated(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * f
 
 
-def projection_case(name: str) -> dict:
+def projection_case(name: str) -> Iterator[dict]:
     batch, tokens, depth, cols = PROJECTIONS[name]
     torch.manual_seed(0)
     a, x, g = (random(batch, tokens, n) for n in (depth, cols, cols))
@@ -81,16 +77,21 @@ def projection_case(name: str) -> dict:
         "train_fused": step(lambda *leaves: rcmlib.rcm_projection(*leaves, *c)),
     }
     f = linear().double()
+    refs = dict.fromkeys(with_skip, reference.skip(x, f, *c))
+    refs |= dict.fromkeys(with_gate, gated(x.double(), f, gate))
+    refs |= dict.fromkeys(steps, projection_gradients(a, weight, bias, x, c, g))
+    checked = check(
+        name,
+        with_skip | with_gate | steps,
+        lambda label, out: largest_error(out, refs[label]),
+        lambda label: 0.02 if label in steps else 0.01,
+    )
     functions = {"linear": linear}
-    functions |= right_ones(with_skip, distance(reference.skip(x, f, *c)), 0.01, name)
-    functions |= right_ones(with_gate, distance(gated(x.double(), f, gate)), 0.01, name)
-    ref = projection_gradients(a, weight, bias, x, c, g)
-    steps = right_ones(steps, distance(ref), 0.02, name)
-    functions |= {label: timing.graph(run) for label, run in steps.items()}
+    for label, run in checked.runs.items():
+        functions[label] = graph(run) if label in steps else run
     sizes = dict(zip("BNKC", PROJECTIONS[name], strict=True))
-    result = case(name, sizes, timing.compare(functions))
-    timing.free()
-    return result
+    times = timing.compare(functions, failed=checked.failed)
+    yield case(name, sizes, times, checked)
 
 
 def projection_gradients(a, weight, bias, x, c, g) -> tuple[Tensor, ...]:
@@ -125,12 +126,13 @@ def backends(run: Callable[[], object]) -> set[str]:
     return set(re.findall(r"_scaled_dot_product_([a-z]+)_attention", names))
 
 
-def module_cases(name: str, baseline: torch.nn.Module) -> list[dict]:
+def module_cases(name: str, kind: type[torch.nn.Module]) -> Iterator[dict]:
     """A layer or block at the seed's shape: forward, and forward with backward."""
     torch.manual_seed(0)
-    x, g = (random(SEED["B"], SEED["N"], SEED["C"]) for _ in range(2))
-    t = torch.rand(SEED["B"], device="cuda") * 3
-    baseline = baseline.cuda().bfloat16()
+    baseline = kind(LAYER["C"], LAYER["H"]).cuda().bfloat16()
+    torch.manual_seed(0)
+    x, g = (random(LAYER["B"], LAYER["N"], LAYER["C"]) for _ in range(2))
+    t = torch.rand(LAYER["B"], device="cuda") * 3
     fused = copy.deepcopy(baseline)
     integrate.fuse(fused)
     variants = {
@@ -139,8 +141,8 @@ def module_cases(name: str, baseline: torch.nn.Module) -> list[dict]:
         "fused": fused,
         "fused_compiled": compiled(fused),
     }
-    if isinstance(baseline, modules.BaselineRCMAttention):
-        in_pytorch = modules.FusedRCMAttention(SEED["C"], SEED["H"])
+    if kind is modules.BaselineRCMAttention:
+        in_pytorch = modules.FusedRCMAttention(LAYER["C"], LAYER["H"])
         in_pytorch.load_state_dict(baseline.state_dict())
         variants["fused_pytorch"] = in_pytorch.cuda().bfloat16()
 
@@ -153,29 +155,31 @@ def module_cases(name: str, baseline: torch.nn.Module) -> list[dict]:
         return torch.autograd.grad(module(leaves[0], t), leaves, g.to(x.dtype))
 
     exact = copy.deepcopy(baseline).float()
-    cases = []
-    for run in (forward, step):
-        label = f"{name}_{'forward' if run is forward else 'training'}"
-        functions = {n: partial(run, m) for n, m in variants.items()}
-        functions = right_ones(functions, distance(run(exact, x.float())), 0.05, label)
-        graphs = {n: timing.graph(f) for n, f in functions.items()}
-        cases.append(case(label, SEED, timing.compare(graphs)))
-    timing.free()
-    return cases
+    for run, what in ((forward, "forward"), (step, "training")):
+        ref = run(exact, x.float())
+        checked = check(
+            f"{name}_{what}",
+            {label: partial(run, module) for label, module in variants.items()},
+            lambda _, out, ref=ref: largest_error(out, ref),
+            lambda _: 0.05,
+        )
+        graphs = {label: graph(call) for label, call in checked.runs.items()}
+        times = timing.compare(graphs, failed=checked.failed)
+        yield case(f"{name}_{what}", LAYER, times, checked)
 
 
-def wan_case(name: str) -> dict:
+def wan_case(name: str) -> Iterator[dict]:
     """One block of Wan 2.1 (1.3B), its self-attention and its FFN, forward."""
     grid = GRIDS[name]
     tokens = grid[0] * grid[1] * grid[2]
     torch.manual_seed(0)
-    block = WanBlock(WAN["C"], WAN["ffn"], WAN["H"]).cuda()
+    block = WanBlock(WAN_BLOCK["C"], WAN_BLOCK["ffn"], WAN_BLOCK["H"]).cuda()
     for linear in block.modules():  # the modulation and the norms stay in float32
         if isinstance(linear, torch.nn.Linear):
             linear.bfloat16()
     fused = copy.deepcopy(block)
     integrate.fuse(fused)
-    x, e = (random(1, n, WAN["C"], dtype=torch.float32) for n in (tokens, 6))
+    x, e = (random(1, n, WAN_BLOCK["C"], dtype=torch.float32) for n in (tokens, 6))
 
     def forward(module, backend):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16), backend():
@@ -185,39 +189,39 @@ def wan_case(name: str) -> dict:
         partial(sdpa_kernel, backend)
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     )
-    error = distance(forward(block, cudnn))
-    graphs, kept = {}, []  # a graph reads weights that it does not keep alive
-    for label, module, backend in (
-        ("flash", block, flash),
-        ("cudnn", block, cudnn),
-        ("fused", fused, contextlib.nullcontext),
+    graphs = {}
+
+    def captured(label, module, backend, expected):
+        """The module's output, of a call like the one that graphs[label] replays."""
+        run = partial(forward, module, backend)
+        with afresh():
+            out, reached = run(), backends(run)
+            if reached != expected:
+                raise RuntimeError(f"it ran on {reached or 'no fused backend'}")
+            graphs[label] = graph(run)
+        return out
+
+    # They keep the weights alive, which a graph reads and does not keep.
+    runs = {}
+    for label, module, backend, expected in (
+        ("flash", block, flash, {"flash"}),
+        ("cudnn", block, cudnn, {"cudnn"}),
+        ("fused", fused, contextlib.nullcontext, set()),
     ):
         for suffix, variant in (("", module), ("_compiled", compiled(module))):
-            kept.append(variant)
-            run = partial(forward, variant, backend)
-            with afresh():
-                right = right_ones({label + suffix: run}, error, 0.01, name)
-                reached = backends(run)
-                if reached != (set() if module is fused else {label}):
-                    print(f"{name}: {label + suffix} ran on {reached}: not timed")
-                    continue
-                graphs |= {n: timing.graph(f) for n, f in right.items()}
-    result = case(name, {"B": 1, "N": tokens, **WAN}, timing.compare(graphs))
-    timing.free()
-    return result
+            arguments = (label + suffix, variant, backend, expected)
+            runs[label + suffix] = partial(captured, *arguments)
+    ref = forward(block, cudnn)
+    checked = check(name, runs, lambda _, out: largest_error(out, ref), lambda _: 0.01)
+    graphs = {label: graphs[label] for label in checked.runs}
+    times = timing.compare(graphs, failed=checked.failed)
+    yield case(name, {"B": 1, "N": tokens, **WAN_BLOCK}, times, checked)
 
 
-def measure_modules() -> list[dict]:
-    torch.manual_seed(0)
-    return module_cases("module", modules.BaselineRCMAttention(SEED["C"], SEED["H"]))
-
-
-def measure_blocks() -> list[dict]:
-    torch.manual_seed(0)
-    return [
-        *(wan_case(name) for name in GRIDS),
-        *module_cases("transformer", modules.TransformerBlock(SEED["C"], SEED["H"])),
-    ]
+def block_cases(name: str) -> Iterator[dict]:
+    if name in GRIDS:
+        return wan_case(name)
+    return module_cases(name, modules.TransformerBlock)
 
 
 SUITES = {
@@ -228,14 +232,16 @@ SUITES = {
         "bf16, random normal inputs, coefficients [B] in float64, gate [B, C]. Steps with "
         "backward are replayed from a CUDA graph. Each checked first, against cuBLAS's "
         "product and a skip in float64, or (gradients) PyTorch in float32.",
-        one_by_one(projection_case, [(name,) for name in PROJECTIONS]),
+        projection_case,
+        [(name,) for name in PROJECTIONS],
         reference="linear_compiled",
     ),
     "modules": Suite(
         "The rCM attention layer as a module, with its projections: forward, and forward with "
         "backward.",
         "bf16. Replayed from a CUDA graph. Each checked first against PyTorch in float32.",
-        measure_modules,
+        module_cases,
+        [("module", modules.BaselineRCMAttention)],
         reference="baseline_compiled",
     ),
     "blocks": Suite(
@@ -245,6 +251,7 @@ SUITES = {
         "Replayed from a CUDA graph. Checked first: the transformer block against PyTorch in "
         "float32, the Wan block's variants against the one on cuDNN, and which backend each "
         "of them runs on.",
-        measure_blocks,
+        block_cases,
+        [*((name,) for name in GRIDS), ("transformer",)],
     ),
 }

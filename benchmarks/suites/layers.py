@@ -1,7 +1,7 @@
 """Whole modules, eager, compiled and as CUDA graphs; and what a launch costs on the host."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rcmlib
+from benchmarks.host import host_time, wall
 from benchmarks.suites.blocks import backends
-from benchmarks.suites.suite import Suite, case, one_by_one
+from benchmarks.suites.suite import Suite
 from rcmlib import integrate, modules, reference
 from rcmlib.measure import timing
-from rcmlib.measure.benchmark import check
+from rcmlib.measure.benchmark import case, check
 from rcmlib.measure.implementations import attention_inputs
 
 C, HEADS = 768, 12
-SHAPES = {"B1_N256": (1, 256), "seed": (4, 2048)}  # (B, N)
+LAYERS = {"B1_N256": (1, 256), "seed": (4, 2048)}  # (B, N)
 MODES = {
     "eager": None,
     "compiled": "max-autotune-no-cudagraphs",
@@ -46,10 +47,9 @@ def build() -> dict[str, nn.Module]:
     return {n: module.cuda().bfloat16() for n, module in zip(NAMES, built, strict=True)}
 
 
-def layer_cases(name: str) -> list[dict]:
+def layer_cases(name: str) -> Iterator[dict]:
     """GPU time (the case `name`) and time a call as a program sees it (`name`_wall)."""
-    batch, tokens = SHAPES[name]
-    timing.free()
+    batch, tokens = LAYERS[name]
     built = build()
     x = torch.randn(batch, tokens, C, device="cuda", dtype=torch.bfloat16)
     t = torch.rand(batch, device="cuda") * 3
@@ -57,12 +57,6 @@ def layer_cases(name: str) -> list[dict]:
     @torch.no_grad()
     def run(module: nn.Module, x: Tensor = x) -> Tensor:
         return module(x, t)
-
-    def variant(label: str, mode: str) -> Callable[[], Tensor]:
-        module = built[label]
-        if MODES[mode]:
-            module = torch.compile(module, mode=MODES[mode], dynamic=False)
-        return partial(run, module)
 
     exact = {
         kind: run(copy.deepcopy(built[kind]).float(), x.float())
@@ -73,13 +67,19 @@ def layer_cases(name: str) -> list[dict]:
         kind = "block" if label.startswith("block") else "baseline"
         return reference.relative_l2(out, exact[kind])
 
-    builders = {f"{n}_{mode}": partial(variant, n, mode) for n, mode in variants(name)}
-    checked = check(name, builders, error, lambda _: 0.05)
+    runs = {}
+    for label, mode in variants(name):
+        module = built[label]
+        if MODES[mode]:
+            module = torch.compile(module, mode=MODES[mode], dynamic=False)
+        runs[f"{label}_{mode}"] = partial(run, module)
+    checked = check(name, runs, error, lambda _: 0.05)
     sizes = {"B": batch, "N": tokens, "C": C, "H": HEADS, "seed": 0}
     sizes["backends"] = sorted(backends(partial(run, built["baseline"])))
-    gpu = timing.compare(checked.runs, failed=checked.failed)
-    walls = timing.wall(checked.runs, failed=checked.failed)
-    return [checked.case(name, sizes, gpu), case(f"{name}_wall", sizes, walls)]
+    times = timing.compare(checked.runs, failed=checked.failed)
+    peaks = {label: timing.peak_bytes(runs[label]) for label in times}
+    yield case(name, sizes | {"peak_bytes": peaks}, times, checked)
+    yield case(f"{name}_wall", sizes, wall(checked.runs, failed=checked.failed))
 
 
 def variants(name: str) -> list[tuple[str, str]]:
@@ -97,7 +97,7 @@ def variants(name: str) -> list[tuple[str, str]]:
     ]
 
 
-def launch_case(name: str) -> dict:
+def launch_case(name: str) -> Iterator[dict]:
     """The host time of a call at a shape that keeps the GPU busy for less than that."""
     shape = (1, 12, 256, 64)
     q, k, v, x, *c = attention_inputs(*shape)
@@ -110,9 +110,9 @@ def launch_case(name: str) -> dict:
         "rcm_skip": partial(rcmlib.rcm_skip, x, f, *c),
         "rcm_sage_attention": partial(rcmlib.rcm_sage_attention, q, k, v, x, *c),
     }
-    times = {label: timing.launch(fn) for label, fn in functions.items()}
+    times = {label: host_time(fn) for label, fn in functions.items()}
     sizes = dict(zip("BHND", shape, strict=True)) | {"seed": 0}
-    return case(name, sizes, times)
+    yield case(name, sizes, times)
 
 
 SUITES = {
@@ -125,14 +125,16 @@ SUITES = {
         "baseline in float32. *_wall: 20 calls in a row, until the GPU is done, divided by 20; "
         "L2 as it is. backends: which attention the baseline's SDPA reaches. peak_bytes does "
         "not see the memory that a CUDA graph keeps for itself.",
-        lambda: (c for name in SHAPES for c in layer_cases(name)),
+        layer_cases,
+        [(name,) for name in LAYERS],
         reference="baseline_eager",
     ),
     "launch": Suite(
         "The host time of one call: Python and driver, until its launches are queued.",
         "bf16, q, k, v views of one packed QKV; coefficients: a tensor [B] (per_sample), or "
         "two numbers.",
-        one_by_one(launch_case, [("per_sample",), ("numbers",)]),
+        launch_case,
+        [("per_sample",), ("numbers",)],
         timing="Host clock around one call, the GPU at most 9 calls behind; median, 10th and "
         "90th percentile.",
         reference="sdpa",

@@ -1,6 +1,6 @@
 """All implementations side by side: the seed's shapes, videos, Wan, lengths, batches, heads."""
 
-from benchmarks.suites.suite import INPUTS, Suite, side_by_side
+from benchmarks.suites.suite import side_by_side
 from rcmlib.measure import timing
 from rcmlib.measure.benchmark import PEERS
 
@@ -18,9 +18,8 @@ DIMS = {f"D{d}": (4, 16, 4096, d) for d in (64, 96, 128)}
 FEW = ("flash_compiled", "cudnn_compiled", "fused", "sage")
 STRONG = ("flash_compiled", "cudnn_compiled", "flex_compiled", "triton_skip", "fused")
 EIGHT_BIT = ("sage", "sage_kernel_fp8", "sage1_compiled")
-WITHOUT_FLEX = tuple(
-    label for label in PEERS if label != "flex_compiled"
-)  # it compiles slowly
+# It compiles slowly.
+WITHOUT_FLEX = tuple(label for label in PEERS if label != "flex_compiled")
 # A call of the largest shapes takes a quarter of a second: fewer samples are enough.
 WAN_BUDGET_MS = timing.BUDGET_MS / 2
 
@@ -32,44 +31,44 @@ CHECKED = (
 )
 
 
-def suite(what: str, shapes: dict[str, tuple], labels: tuple, **options) -> Suite:
-    """The implementations of these labels, those that are installed, at each of the shapes."""
-    run = side_by_side(shapes, labels, **options)
-    return Suite(what, f"{INPUTS} {CHECKED}", run)
-
-
 SUITES = {
-    "quick": suite("Two shapes, in half a minute.", QUICK, FEW),
-    "seed": suite(
+    "quick": side_by_side("Two shapes, in half a minute.", CHECKED, QUICK, FEW),
+    "seed": side_by_side(
         "Every implementation at B = 4, 12 heads of 64, from 1024 to 8192 tokens.",
+        CHECKED,
         SEED,
         PEERS,
     ),
-    "video": suite(
+    "video": side_by_side(
         "Videos of 1 to 21 latent frames of 30 × 52 tokens (81 frames of 480p are 21), "
         "12 heads of 64.",
+        CHECKED,
         VIDEO,
         WITHOUT_FLEX,
     ),
-    "wan": suite(
+    "wan": side_by_side(
         "Wan's self-attention: 12 heads (1.3B) and 40 heads (14B) of 128, 81 frames of 480p "
         "(32760 tokens) and of 720p (75600).",
+        CHECKED,
         WAN,
         (*STRONG, *EIGHT_BIT),
         budget_ms=WAN_BUDGET_MS,
     ),
-    "scaling": suite(
+    "scaling": side_by_side(
         "One sequence from 256 to 131072 tokens, 12 heads of 64: time and peak memory.",
+        CHECKED,
         SCALING,
         ("naive", *FEW, "sage_kernel_fp8"),
     ),
-    "batch": suite(
+    "batch": side_by_side(
         "From 1 to 64 sequences of 2048 tokens, 12 heads of 64.",
+        CHECKED,
         BATCH,
         ("naive", *FEW),
     ),
-    "dims": suite(
+    "dims": side_by_side(
         "Head dimensions 64, 96 and 128: B = 4, 16 heads, 4096 tokens.",
+        CHECKED,
         DIMS,
         (*STRONG, *EIGHT_BIT),
     ),

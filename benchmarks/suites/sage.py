@@ -1,25 +1,21 @@
 """Chapters 9 to 11: the 8-bit copies, the 8-bit kernel, its accuracy, and where it pays."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 import rcmlib
-from benchmarks.suites.suite import (
-    INPUTS,
-    Suite,
-    case,
-    one_by_one,
-    side_by_side,
-)
+from benchmarks.suites.suite import INPUTS, Suite, side_by_side
 from rcmlib import reference
 from rcmlib.measure import timing
-from rcmlib.measure.implementations import attention_inputs, has_sage_one, sage_one
+from rcmlib.measure.benchmark import case
+from rcmlib.measure.implementations import attention_inputs, installed, sage_one
 from rcmlib.measure.inputs import gaussian, video_like
 from rcmlib.reference import eight_bit
 from rcmlib.sage import PV, sage_attention
 
-SHAPES = {  # (B, H, N, D)
+SAGE = {  # (B, H, N, D)
     "D64_N2048": (4, 12, 2048, 64),
     "D64_N8192": (2, 16, 8192, 64),
     "D128_N2048": (4, 16, 2048, 128),
@@ -37,18 +33,16 @@ DISTRIBUTIONS = {
     "gaussian": lambda: gaussian(1, 4, 2048, 128),
     "video_like": lambda: video_like(1, 4, (8, 16, 16), 128),
 }
-
-
 WHOLE = ("cudnn", "cudnn_compiled", "fused", "sage")
 KERNELS = (*(f"sage_kernel_{pv}" for pv in PV), "sage_kernel_no_skip")
 
 
-def copies_case(name: str) -> dict:
+def copies_case(name: str) -> Iterator[dict]:
     from rcmlib.core.device import device_capability
     from rcmlib.sage import quantize
     from rcmlib.sage.kernel import choose_sage_tile
 
-    q, k, v, *_ = attention_inputs(*SHAPES[name])
+    q, k, v, *_ = attention_inputs(*SAGE[name])
     dim = q.shape[3]
     group = choose_sage_tile(dim, "fp8", device_capability(q.device)).block_n
     mean = quantize.columns(k, True, False).mean
@@ -71,19 +65,17 @@ def copies_case(name: str) -> dict:
         "k_columns": partial(quantize.columns, k, True, False),
         "v_columns": partial(quantize.columns, v, True, True),
     }
-    shape = dict(zip("BHND", SHAPES[name], strict=True)) | {"bytes": 3 * q.numel()}
-    result = case(name, shape, timing.compare(functions))
-    timing.free()
-    return result
+    shape = dict(zip("BHND", SAGE[name], strict=True)) | {"bytes": 3 * q.numel()}
+    yield case(name, shape, timing.compare(functions))
 
 
-def accuracy_case(name: str) -> dict:
+def accuracy_case(name: str) -> Iterator[dict]:
     """Cosine, relative L1 and RMSE (in units of the result's) against float64, no skip."""
     q, k, v = (t.cuda().bfloat16() for t in DISTRIBUTIONS[name]())
     ref = reference.merge_heads(reference.attention(q, k, v))
     functions = {f"sage_{pv}": partial(sage_attention, q, k, v, pv=pv) for pv in PV}
     functions["bf16"] = partial(rcmlib.attention, q, k, v)
-    if has_sage_one():
+    if installed(["sage1_compiled"]):
         functions["sage1"] = sage_one(q, k, v)
     errors = {}
     for label, run in functions.items():
@@ -94,35 +86,37 @@ def accuracy_case(name: str) -> dict:
             "relative_l2": reference.relative_l2(out, ref),
         }
     sizes = dict(zip("BHND", q.shape, strict=True))
-    return {"name": name, **sizes, "errors": errors, "results": {}}
+    yield {"name": name, **sizes, "errors": errors, "results": {}}
 
 
-EIGHT_BIT = (
-    "Three query rows of each checked against float64 first (8 bits: within 6 %)."
-)
+CHECKED = "Three query rows of each checked against float64 first (8 bits: within 6 %)."
 SUITES = {
     "sage_quantize": Suite(
         "The 8-bit copies of q, k and v, the column statistics that they need, and a copy "
         "that moves as many bytes.",
         f"{INPUTS} The INT8 copies agree with their references bit for bit.",
-        one_by_one(copies_case, [(name,) for name in COPIES]),
+        copies_case,
+        [(name,) for name in COPIES],
         reference="copy",
     ),
-    "sage": Suite(
+    "sage": side_by_side(
         "8-bit attention with the skip: the kernel alone (sage_kernel_*), and with its "
         "quantisation (sage); cuDNN, bf16 fused and SageAttention 1.0.6 beside it.",
-        f"{INPUTS} {EIGHT_BIT}",
-        side_by_side(SHAPES, (*WHOLE, *KERNELS, "sage1_compiled")),
+        CHECKED,
+        SAGE,
+        (*WHOLE, *KERNELS, "sage1_compiled"),
     ),
-    "sage_crossover": Suite(
+    "sage_crossover": side_by_side(
         "8 bits with quantisation against bf16, 16 heads and 32768 tokens in all, from many "
         "short sequences to one long one.",
-        f"{INPUTS} {EIGHT_BIT}",
-        side_by_side(CROSSOVER, (*WHOLE, "sage1_compiled")),
+        CHECKED,
+        CROSSOVER,
+        (*WHOLE, "sage1_compiled"),
     ),
     "sage_accuracy": Suite(
         "Errors of 8-bit attention against float64, before the skip.",
         "bf16 inputs: Gaussian, and like a video model's (rcmlib.measure.inputs). No times.",
-        one_by_one(accuracy_case, [(name,) for name in DISTRIBUTIONS]),
+        accuracy_case,
+        [(name,) for name in DISTRIBUTIONS],
     ),
 }

@@ -1,21 +1,27 @@
 """Chapters 2 to 6: the skip, attention with it, the choice of tiles, the 1/N law."""
 
+from collections.abc import Iterator
 from functools import partial
-from unittest import mock
 
 import torch
 
 import rcmlib
-from benchmarks.suites.suite import INPUTS, Suite, case, side_by_side
+from benchmarks.suites.suite import INPUTS, Suite, side_by_side
 from rcmlib import reference
 from rcmlib.measure import timing
+from rcmlib.measure.benchmark import case, check
 from rcmlib.measure.implementations import (
-    BF16,
     attention_inputs,
     compile_skip,
     eager_skip,
 )
+from rcmlib.reference import relative_l2
 
+# The bf16 implementations of chapter 6's table.
+BF16 = (
+    "flash", "flash_eager", "flash_compiled", "cudnn", "cudnn_eager", "cudnn_compiled",
+    "triton", "triton_skip", "fused",
+)  # fmt: skip
 THREE_ROWS = "Three query rows of each checked against float64 first."
 # name: (B, H, N, D)
 ATTENTION = {
@@ -46,93 +52,74 @@ TILES = {
 }  # fmt: skip
 
 
-def measure_tiles() -> list[dict]:
-    """The fused kernel with other tiles than `choose_tile`'s."""
-    from triton.runtime.errors import OutOfResources
-
-    from rcmlib.attention import forward as attention
-    from rcmlib.core.launch import by_layout
-
-    def with_tile(tile, inputs):
-        find = by_layout(attention.attention_plan.__wrapped__)
-        with mock.patch.object(attention, "choose_tile", lambda *_: tile):
-            plan = find(*inputs, False, False)
-        scale = inputs[0].shape[-1] ** -0.5
-        return lambda: attention.attention_forward(*inputs, scale, False, plan=plan)[0]
-
-    cases = []
-    for name, tiles in TILES.items():
-        inputs = attention_inputs(*ATTENTION[name])
-        expected = rcmlib.rcm_attention(*inputs)
-        functions = {}
-        for tile in tiles:
-            tile = attention.Tile(*tile)
-            label = "2 x " * tile.two + "{} x {}, {} warps, {} stages".format(*tile)
-            label += f", {tile.maxnreg} registers" if tile.maxnreg else ""
-            label += "" if tile.fixed else ", online softmax"
-            run = with_tile(tile, inputs)
-            try:
-                error = reference.relative_l2(run(), expected)
-            except OutOfResources as reason:
-                print(f"{name}: {label}: {reason}")
-                continue
-            if error < 0.01:
-                functions[label] = run
-        times = timing.compare(functions)
-        cases.append(case(name, dict(zip("BHND", ATTENTION[name], strict=True)), times))
-    return cases
+def tile_name(rows, keys, warps, stages, registers=None, two=False, fixed=False) -> str:
+    name = "2 x " * two + f"{rows} x {keys}, {warps} warps, {stages} stages"
+    name += f", {registers} registers" if registers else ""
+    return name if fixed else f"{name}, online softmax"
 
 
-def measure_skip() -> list[dict]:
-    cases = []
-    for tokens in (1024, 2048, 8192, 32768):
-        _, _, _, x, c_skip, c_out = attention_inputs(4, 1, tokens, 768)
-        f = torch.randn_like(x)
-        source, target = torch.empty(
-            2, x.numel() * 3 // 2, device="cuda", dtype=x.dtype
-        )
-        functions = {
-            "copy": partial(target.copy_, source),
-            "eager": partial(eager_skip, x, f, c_skip, c_out),
-            "compiled": partial(compile_skip(), x, f, c_skip, c_out),
-            "triton": partial(rcmlib.rcm_skip, x, f, c_skip, c_out),
-        }
-        ref = reference.skip(x, f, c_skip, c_out)
-        for label in ("eager", "compiled", "triton"):
-            error = reference.relative_l2(functions[label](), ref)
-            if error >= 0.01:
-                raise AssertionError(f"{label} is wrong: error {error:.2g}")
-        shape = {
-            "B": 4,
-            "N": tokens,
-            "C": 768,
-            "bytes": 3 * x.numel() * x.element_size(),
-        }
-        cases.append(case(f"N{tokens}", shape, timing.compare(functions)))
-        timing.free()
-    return cases
+def tiles_case(name: str) -> Iterator[dict]:
+    """The fused kernel with other tiles than the one that it chooses."""
+    from rcmlib.attention.forward import Tile, attention_forward
+
+    inputs = attention_inputs(*ATTENTION[name])
+    expected = rcmlib.rcm_attention(*inputs)
+    scale = inputs.q.shape[-1] ** -0.5
+
+    def fused(tile):
+        return attention_forward(*inputs, scale, False, tile=tile)[0]
+
+    runs = {tile_name(*tile): partial(fused, Tile(*tile)) for tile in TILES[name]}
+    checked = check(
+        name, runs, lambda _, out: relative_l2(out, expected), lambda _: 0.01
+    )
+    times = timing.compare(checked.runs, failed=checked.failed)
+    yield case(name, dict(zip("BHND", ATTENTION[name], strict=True)), times, checked)
+
+
+def skip_case(tokens: int) -> Iterator[dict]:
+    _, _, _, x, c_skip, c_out = attention_inputs(4, 1, tokens, 768)
+    f = torch.randn_like(x)
+    sizes = {"B": 4, "N": tokens, "C": 768, "bytes": 3 * x.numel() * x.element_size()}
+    source, target = torch.empty(2, x.numel() * 3 // 2, device="cuda", dtype=x.dtype)
+    skips = {
+        "eager": partial(eager_skip, x, f, c_skip, c_out),
+        "compiled": partial(compile_skip(), x, f, c_skip, c_out),
+        "triton": partial(rcmlib.rcm_skip, x, f, c_skip, c_out),
+    }
+    ref = reference.skip(x, f, c_skip, c_out)
+    checked = check(
+        f"N{tokens}", skips, lambda _, out: relative_l2(out, ref), lambda _: 0.01
+    )
+    functions = {"copy": partial(target.copy_, source)} | checked.runs
+    times = timing.compare(functions, failed=checked.failed)
+    yield case(f"N{tokens}", sizes, times, checked)
 
 
 SUITES = {
     "skip": Suite(
         "The skip alone, B=4, C=768: a copy of as many bytes, eager, compiled, Triton.",
         f"{INPUTS} Each skip checked against float64 first.",
-        measure_skip,
+        skip_case,
+        [(1024,), (2048,), (8192,), (32768,)],
         reference="copy",
     ),
-    "attention": Suite(
+    "attention": side_by_side(
         "Attention with the skip: two-pass pipelines and the fused kernel.",
-        f"{INPUTS} {THREE_ROWS}",
-        side_by_side(ATTENTION, BF16),
+        THREE_ROWS,
+        ATTENTION,
+        BF16,
     ),
     "tiles": Suite(
         "The fused kernel with several tiles: rows x keys, warps a program, pipeline stages.",
         f"{INPUTS} Each checked first against the tile that rcmlib chooses.",
-        measure_tiles,
+        tiles_case,
+        [(name,) for name in TILES],
     ),
-    "one_over_n": Suite(
+    "one_over_n": side_by_side(
         "The same at 32768 tokens in all (B·N), from many short sequences to one long one.",
-        f"{INPUTS} {THREE_ROWS}",
-        side_by_side(ONE_OVER_N, BF16),
+        THREE_ROWS,
+        ONE_OVER_N,
+        BF16,
     ),
 }

@@ -1,31 +1,21 @@
 """Chapter 7: forward and backward of attention with the skip, and the parts of ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import rcmlib
-from benchmarks.suites.suite import (
-    INPUTS,
-    Suite,
-    case,
-    one_by_one,
-    right_ones,
-)
+from benchmarks.host import graph
+from benchmarks.suites.suite import INPUTS, Suite
 from rcmlib import reference
 from rcmlib.attention import attention
 from rcmlib.measure import timing
-from rcmlib.measure.implementations import (
-    attention_inputs,
-    compile_skip,
-    cudnn,
-    eager_skip,
-    flash,
-)
+from rcmlib.measure.benchmark import case, check
+from rcmlib.measure.implementations import Inputs, attention_inputs, implementation
 
-SHAPES = {  # (B, H, N, D)
+GRADIENTS = {  # (B, H, N, D)
     "D64_N2048": (4, 12, 2048, 64),
     "D64_N4096": (2, 16, 4096, 64),
     "D64_N8192": (2, 16, 8192, 64),
@@ -33,30 +23,15 @@ SHAPES = {  # (B, H, N, D)
     "D128_N4096": (2, 16, 4096, 128),
     "D128_N8192": (2, 16, 8192, 128),
 }
+# triton_skip is our own kernels in two passes: what sets it apart from fused is fusion.
+TRAINED = ("flash_eager", "flash_compiled", "cudnn_compiled", "triton_skip", "fused")
 
 
-def training_step(layer: Callable[..., Tensor], inputs, g: Tensor):
-    """layer's forward and backward: a call that returns the gradients of q, k, v and x."""
-    *leaves, c_skip, c_out = inputs
-    leaves = [t.detach().requires_grad_() for t in leaves]
-    return lambda: torch.autograd.grad(layer(*leaves, c_skip, c_out), leaves, g)
-
-
-def layers() -> dict[str, Callable[..., Tensor]]:
-    """Functions of q, k, v, x, c_skip, c_out: the two-pass pipelines and the fused kernel.
-
-    triton_skip is our own kernels in two passes: what sets it apart from `fused` is fusion.
-    """
-    compiled_skip = compile_skip()
-    return {
-        "flash_eager": lambda q, k, v, x, *c: eager_skip(x, flash(q, k, v), *c),
-        "flash_compiled": lambda q, k, v, x, *c: compiled_skip(x, flash(q, k, v), *c),
-        "cudnn_compiled": lambda q, k, v, x, *c: compiled_skip(x, cudnn(q, k, v), *c),
-        "triton_skip": lambda q, k, v, x, *c: rcmlib.rcm_skip(
-            x, attention(q, k, v), *c
-        ),
-        "fused": rcmlib.rcm_attention,
-    }
+def training_step(label: str, inputs: Inputs, g: Tensor) -> Callable[[], tuple]:
+    """Forward and backward: a call that returns the gradients of q, k, v and x."""
+    leaves = [t.detach().requires_grad_() for t in inputs[:4]]
+    run = implementation(label, Inputs(*leaves, *inputs[4:]))
+    return lambda: torch.autograd.grad(run(), leaves, g)
 
 
 def parts(inputs, g: Tensor) -> dict[str, Callable[[], object]]:
@@ -93,18 +68,20 @@ def gradient_error(gradients, inputs, g: Tensor) -> float:
     return max(reference.relative_l2(a, b) for a, b in zip(ours, ref[:4], strict=True))
 
 
-def gradients_case(name: str) -> dict:
-    inputs = attention_inputs(*SHAPES[name])
-    g = torch.randn_like(inputs[3])
-    steps = {n: training_step(f, inputs, g) for n, f in layers().items()}
-    steps = right_ones(steps, lambda _, out: gradient_error(out, inputs, g), 0.02, name)
-    memory = {label: timing.peak_bytes(step) for label, step in steps.items()}
-    graphs = {label: timing.graph(step) for label, step in steps.items()}
-    times = timing.compare(graphs | parts(inputs, g))
-    sizes = dict(zip("BHND", SHAPES[name], strict=True))
-    result = case(name, sizes | {"peak_bytes": memory}, times)
-    timing.free()
-    return result
+def gradients_case(name: str) -> Iterator[dict]:
+    inputs = attention_inputs(*GRADIENTS[name])
+    g = torch.randn_like(inputs.x)
+    steps = {label: training_step(label, inputs, g) for label in TRAINED}
+
+    def error(_, gradients):
+        return gradient_error(gradients, inputs, g)
+
+    checked = check(name, steps, error, lambda _: 0.02)
+    peaks = {label: timing.peak_bytes(step) for label, step in checked.runs.items()}
+    graphs = {label: graph(step) for label, step in checked.runs.items()}
+    times = timing.compare(graphs | parts(inputs, g), failed=checked.failed)
+    sizes = dict(zip("BHND", GRADIENTS[name], strict=True)) | {"peak_bytes": peaks}
+    yield case(name, sizes, times, checked)
 
 
 SUITES = {
@@ -114,6 +91,7 @@ SUITES = {
         f"{INPUTS} Whole steps are replayed from a CUDA graph. Gradients of the first head "
         "checked against float64 first. peak_bytes: the most memory that a step holds, "
         "above its inputs.",
-        one_by_one(gradients_case, [(name,) for name in SHAPES]),
+        gradients_case,
+        [(name,) for name in GRADIENTS],
     )
 }

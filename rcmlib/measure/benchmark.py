@@ -11,18 +11,19 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from rcmlib import reference
 from rcmlib.attention import HEAD_DIMS
 from rcmlib.core.checks import DTYPES
 from rcmlib.measure import timing
 from rcmlib.measure.implementations import (
     IMPLEMENTATIONS,
-    allowed,
+    TWO_PASS,
+    Inputs,
     attention_inputs,
-    distance,
-    has_sage_one,
     implementation,
+    installed,
 )
-from rcmlib.measure.tables import table
+from rcmlib.measure.records import fastest, spread_ms
 
 Run = Callable[[], object]
 
@@ -48,8 +49,8 @@ def benchmark_all_implementations(
 
     B samples of N tokens and C channels in num_heads heads; D = C / num_heads from 16 to 256.
     dtype: float32, float16 or bfloat16. implementations: labels of
-    `rcmlib.measure.implementations.IMPLEMENTATIONS`; unless given, PEERS, and SageAttention 1.0.6
-    only where it is installed.
+    `rcmlib.measure.implementations.IMPLEMENTATIONS`; unless given, PEERS, and SageAttention
+    1.0.6 only where it is installed.
 
     Returns a record's case: sizes; `results`, by label: median, 10th and 90th percentile in
     milliseconds of GPU time, and every sample; `errors`: relative L2 against float64;
@@ -64,11 +65,8 @@ def benchmark_all_implementations(
         names = ", ".join(str(d) for d in DTYPES)
         raise TypeError(f"dtype must be one of {names}, got {dtype}")
     labels = check_labels(implementations)
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            "implementations are timed on a CUDA device, and there is none here"
-        )
-    case = measure(f"B{B}_N{N}_C{C}_H{num_heads}", shape, labels, dtype, seed)
+    timing.need_a_gpu()
+    case = benchmark_shape(f"B{B}_N{N}_C{C}_H{num_heads}", shape, labels, dtype, seed)
     print(table(case))
     return case
 
@@ -108,13 +106,10 @@ def check_labels(implementations: Iterable[str] | None) -> list[str]:
     return labels
 
 
-def installed(labels: Iterable[str]) -> list[str]:
-    """labels without the peer that is not installed here."""
-    missing = () if has_sage_one() else ("sage1_compiled",)
-    return [label for label in labels if label not in missing]
+# ---- a case of a record ----
 
 
-def measure(
+def benchmark_shape(
     name: str,
     shape: tuple[int, int, int, int],
     labels: Iterable[str],
@@ -127,8 +122,8 @@ def measure(
     sizes = dict(zip("BHND", shape, strict=True))
     sizes |= {"dtype": str(dtype).removeprefix("torch."), "seed": seed}
     sizes["flop"] = 4 * batch * heads * tokens**2 * dim
-    failed: dict[str, str] = {}
     timing.free()
+    failed: dict[str, str] = {}
 
     def prepare():
         inputs = attention_inputs(*shape, dtype, seed)
@@ -139,10 +134,33 @@ def measure(
         failed = dict.fromkeys(labels, f"inputs: {failed['inputs']}")
         return {"name": name, **sizes, "failed": failed, "results": {}}
     inputs, error = prepared
-    builders = {label: partial(implementation, label, inputs) for label in labels}
-    checked = check(name, builders, error, allowed)
+    build = partial(implementation, inputs=inputs)
+    runs = {n: timing.attempt(partial(build, n), n, failed) for n in labels}
+    runs = {label: run for label, run in runs.items() if run}
+    checked = check(name, runs, error, lambda label: IMPLEMENTATIONS[label].bound)
+    checked.failed.update(failed)
     times = timing.compare(checked.runs, budget_ms=budget_ms, failed=checked.failed)
-    return checked.case(name, sizes, times)
+    peaks = {label: timing.peak_bytes(runs[label]) for label in times}
+    return case(name, sizes | {"peak_bytes": peaks}, times, checked)
+
+
+def distance(inputs: Inputs) -> Callable[[str, torch.Tensor], float]:
+    """A function of a label and its result: the relative L2 error on three query rows.
+
+    Against float64. A row of attention depends on its own query only, so three stand for
+    all, at any length.
+    """
+    q, k, v, x, c_skip, c_out = inputs
+    tokens = q.shape[2]
+    rows = torch.tensor([0, tokens // 2, tokens - 1], device=x.device)
+    alone = reference.merge_heads(reference.attention(q[:, :, rows], k, v))
+    with_skip = reference.skip(x[:, rows], alone, c_skip, c_out)
+
+    def error(label: str, out: torch.Tensor) -> float:
+        ref = with_skip if IMPLEMENTATIONS[label].skip else alone
+        return reference.relative_l2(out[:, rows], ref)
+
+    return error
 
 
 class Checked(NamedTuple):
@@ -150,44 +168,93 @@ class Checked(NamedTuple):
 
     runs: dict[str, Run]
     errors: dict[str, dict[str, float]]
-    peak_bytes: dict[str, int]
     failed: dict[str, str]
-
-    def case(self, name: str, sizes: dict, times: dict[str, timing.Timing]) -> dict:
-        """A record's case, with the times of what ran to the end."""
-        return {
-            "name": name,
-            **sizes,
-            "errors": self.errors,
-            "peak_bytes": self.peak_bytes,
-            "failed": self.failed,
-            "results": {label: t._asdict() for label, t in times.items()},
-        }
-
-
-class Wrong(ArithmeticError):
-    """An implementation's result is too far from float64's."""
 
 
 def check(
     name: str,
-    builders: dict[str, Callable[[], Run]],
+    runs: dict[str, Run],
     error: Callable[[str, object], float],
-    allowed: Callable[[str], float],
+    bound: Callable[[str], float],
 ) -> Checked:
-    """Builds and runs each implementation once, compares it, and takes its peak memory."""
-    checked = Checked({}, {}, {}, {})
+    """Runs each implementation once: one that fails or is wrong is named, and gets no time."""
+    checked = Checked({}, {}, {})
 
     def examine(label):
-        run = builders[label]()
-        wrong_by, bound = error(label, run()), allowed(label)
+        wrong_by = error(label, runs[label]())
         checked.errors[label] = {"relative_l2": wrong_by}
-        if not wrong_by < bound:  # NaN is wrong too
-            raise Wrong(f"wrong: relative error {wrong_by:.2g}, allowed {bound}")
-        checked.peak_bytes[label] = timing.peak_bytes(run)
-        checked.runs[label] = run
+        if not wrong_by < bound(label):  # NaN is wrong too
+            raise ArithmeticError(
+                f"wrong: relative error {wrong_by:.2g}, allowed {bound(label)}"
+            )
+        checked.runs[label] = runs[label]
 
     # disable=None: no bar where the output is a file or a notebook
-    for label in tqdm(builders, desc=name, leave=False, disable=None):
+    for label in tqdm(runs, desc=name, leave=False, disable=None):
         timing.attempt(partial(examine, label), label, checked.failed)
     return checked
+
+
+def case(
+    name: str,
+    sizes: dict,
+    times: dict[str, timing.Timing],
+    checked: Checked | None = None,
+) -> dict:
+    """A record's case: what was run, what `check` found, and the times of what ran."""
+    found = {"errors": checked.errors, "failed": checked.failed} if checked else {}
+    results = {label: t._asdict() for label, t in times.items()}
+    return {"name": name, **sizes, **found, "results": results}
+
+
+# ---- a case as text ----
+
+
+def table(case: dict) -> str:
+    """Times, ratios and peak memory of a case, and what failed; errors where it has no times.
+
+    ± is half the distance between the 10th and 90th percentiles. The ratio says how many times
+    as fast as the strongest two-pass pipeline an implementation is: below 1, it is slower.
+    """
+    sizes = " ".join(f"{k}={v}" for k, v in case.items() if _is_size(k, v))
+    rows = _time_rows(case) if case["results"] else _error_rows(case)
+    width = max(len(row[0]) for row in rows)
+    used = [i for i in range(1, len(rows[0])) if any(row[i] for row in rows[1:])]
+    lines = [f"{case['name']}: {sizes}"]
+    for row in rows:
+        lines.append(f"  {row[0]:{width}}" + "".join(f"{row[i]:>13}" for i in used))
+    for label, why in case.get("failed", {}).items():
+        lines.append(f"  {label:{width}}  not timed: {why}")
+    return "\n".join(lines)
+
+
+def _is_size(key: str, value) -> bool:
+    return isinstance(value, int) and key not in ("seed", "flop") or key == "dtype"
+
+
+def _time_rows(case: dict) -> list[list[str]]:
+    best = fastest(case, TWO_PASS)
+    rows = [["", "median ms", "± ms", "× two-pass", "TFLOP/s", "peak MB"]]
+    for label, result in case["results"].items():
+        ms = result["median_ms"]
+        ratio = case["results"][best]["median_ms"] / ms if best else None
+        rate = case["flop"] / ms / 1e9 if "flop" in case else None
+        peak = case.get("peak_bytes", {}).get(label)
+        rows.append([
+            label,
+            f"{ms:.4f}",
+            f"{spread_ms(result):.4f}",
+            "" if ratio is None else f"{ratio:.2f}",
+            "" if rate is None else f"{rate:.0f}",
+            "" if peak is None else f"{peak / 1e6:.1f}",
+        ])  # fmt: skip
+    return rows
+
+
+def _error_rows(case: dict) -> list[list[str]]:
+    measures = ("cosine", "relative_l1", "relative_l2")
+    rows = [["", *measures]]
+    for label, errors in case.get("errors", {}).items():
+        cells = (f"{errors[m]:.6f}" if m in errors else "" for m in measures)
+        rows.append([label, *cells])
+    return rows

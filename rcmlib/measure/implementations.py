@@ -1,13 +1,15 @@
-"""The implementations that are measured against each other, from inputs to result.
+"""The implementations that are measured against each other, one row each.
 
     run = implementation("cudnn_compiled", attention_inputs(4, 12, 2048, 64))
     out = run()  # [B, N, H·D]
 
-Each is built when it is asked for: nothing is compiled or allocated for the others.
+What is known about one stands in its row of IMPLEMENTATIONS, where suites, ledger, roofline and
+figures read it. Each is built when it is asked for: nothing is compiled or allocated for the
+others.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,10 +19,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rcmlib
-from rcmlib import reference
 from rcmlib.attention import attention
 from rcmlib.reference import merge_heads
-from rcmlib.sage import PV
+
+Run = Callable[[], Tensor]
 
 
 class Inputs(NamedTuple):
@@ -61,32 +63,29 @@ def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return merge_heads(torch.softmax(scores, dim=-1) @ v)
 
 
-def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
-    """PyTorch's attention with one backend."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return merge_heads(F.scaled_dot_product_attention(q, k, v))
-
-    return run
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention, with the backend that it chooses."""
+    return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
-flash, cudnn = sdpa(SDPBackend.FLASH_ATTENTION), sdpa(SDPBackend.CUDNN_ATTENTION)
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's FlexAttention without a score function. For use inside torch.compile."""
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v)
+
+
+def flex_then_skip(q, k, v, x, c_skip, c_out) -> Tensor:
+    """FlexAttention without a score function, and the skip. For use inside torch.compile."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return merge_heads(flex_attention(q, k, v))
+    return eager_skip(x, merge_heads(flex_attention(q, k, v)), c_skip, c_out)
 
 
-def has_sage_one() -> bool:
-    """Is SageAttention installed?"""
-    return importlib.util.find_spec("sageattention") is not None
-
-
-def sage_one(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+def sage_one(q: Tensor, k: Tensor, v: Tensor) -> Run:
     """SageAttention 1.0.6 (INT8 q kᵀ, FP16 p v). It has to be installed.
 
     It subtracts k's mean from k in place, so it gets a k of its own.
@@ -122,30 +121,40 @@ def compile_skip() -> Callable[..., Tensor]:
     return torch.compile(eager_skip, dynamic=False, fullgraph=True)
 
 
-def flex_then_skip(q, k, v, x, c_skip, c_out) -> Tensor:
-    return eager_skip(x, flex(q, k, v), c_skip, c_out)
-
-
 # ---- whole implementations: Inputs -> a call without arguments ----
 
 
-def alone(attend: Callable[..., Tensor], inputs: Inputs) -> Callable[[], Tensor]:
+def alone(attend: Callable[..., Tensor], inputs: Inputs) -> Run:
     return partial(attend, *inputs[:3])
 
 
 def two_pass(
     attend: Callable[..., Tensor], skip: Callable[..., Tensor], inputs: Inputs
-) -> Callable[[], Tensor]:
+) -> Run:
     q, k, v, x, c_skip, c_out = inputs
     return lambda: skip(x, attend(q, k, v), c_skip, c_out)
 
 
-def sage_one_compiled(inputs: Inputs) -> Callable[[], Tensor]:
-    run, skip = sage_one(*inputs[:3]), compile_skip()
-    return lambda: skip(inputs.x, run(), inputs.c_skip, inputs.c_out)
+def then_compiled_skip(attend: Callable[..., Tensor], inputs: Inputs) -> Run:
+    return two_pass(attend, compile_skip(), inputs)
 
 
-def quantized_kernel(pv: str, with_skip: bool, inputs: Inputs) -> Callable[[], Tensor]:
+def one_call(function: Callable[..., Tensor], inputs: Inputs) -> Run:
+    return partial(function, *inputs)
+
+
+def flex_compiled(inputs: Inputs) -> Run:
+    return partial(
+        torch.compile(flex_then_skip, dynamic=False, fullgraph=True), *inputs
+    )
+
+
+def sage_one_compiled(inputs: Inputs) -> Run:
+    run = sage_one(*inputs[:3])
+    return then_compiled_skip(lambda *_: run(), inputs)
+
+
+def quantized_kernel(pv: str, with_skip: bool, inputs: Inputs) -> Run:
     """Our 8-bit kernel alone, its operands quantised here, before it is called."""
     from rcmlib.sage import kernel as op
 
@@ -157,76 +166,122 @@ def quantized_kernel(pv: str, with_skip: bool, inputs: Inputs) -> Callable[[], T
     return partial(op.attend_quantized, operands, *rest, *sizes)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Inputs], Callable[[], Tensor]]] = {
-    "naive": partial(two_pass, naive, eager_skip),
-    "flash": partial(alone, flash),
-    "flash_eager": partial(two_pass, flash, eager_skip),
-    "flash_compiled": lambda inputs: two_pass(flash, compile_skip(), inputs),
-    "cudnn": partial(alone, cudnn),
-    "cudnn_eager": partial(two_pass, cudnn, eager_skip),
-    "cudnn_compiled": lambda inputs: two_pass(cudnn, compile_skip(), inputs),
-    "flex_compiled": lambda inputs: partial(
-        torch.compile(flex_then_skip, dynamic=False, fullgraph=True), *inputs
-    ),
-    "fused_pytorch": partial(
-        two_pass,
-        lambda *heads: merge_heads(F.scaled_dot_product_attention(*heads)),
-        addcmul_skip,
-    ),
-    "triton": partial(alone, attention),
-    "triton_skip": partial(two_pass, attention, rcmlib.rcm_skip),
-    "fused": lambda inputs: partial(rcmlib.rcm_attention, *inputs),
-    "sage": lambda inputs: partial(rcmlib.rcm_sage_attention, *inputs),
-    **{f"sage_kernel_{pv}": partial(quantized_kernel, pv, True) for pv in PV},
-    "sage_kernel_no_skip": partial(quantized_kernel, "fp8", False),
-    "sage1_compiled": sage_one_compiled,
-}
-# Without the skip: they are checked against attention alone.
-ALONE = frozenset({"flash", "cudnn", "triton", "sage_kernel_no_skip"})
+# ---- what they move, for `rcmlib.measure.ledger`: (pass, reads, writes) ----
+
+ATTENTION = ("attention", "q k v", "F")
+# As PyTorch runs c_skip·x + c_out·F: two products and a sum.
+EAGER = (("c_skip·x", "x", "a"), ("c_out·F", "F", "b"), ("a + b", "a b", "out"))
+SKIP = ("skip", "x F", "out")  # torch.compile's, or `rcmlib.rcm_skip`
+FUSED = ("attention + skip", "q k v x", "out")
+FUSED_8 = ("8-bit attention + skip", "q8 k8 v8 x", "out")
+# q, k and v are views of a packed QKV, of which torch.matmul makes contiguous copies.
+# S, scaled and P are the N×N matrices, in q's dtype.
+NAIVE = (
+    ("copy q", "q", "q2"),
+    ("copy k", "k", "k2"),
+    ("q kᵀ", "q2 k2", "S"),
+    ("scale", "S", "scaled"),
+    ("softmax", "scaled", "P"),
+    ("copy v", "v", "v2"),
+    ("P v", "P v2", "F2"),
+    ("merge heads", "F2", "F"),
+)
+QUANTISE = (
+    ("mean of k", "k", ""),
+    ("q to INT8", "q", "q8"),
+    ("k to INT8", "k", "k8"),
+    ("mean and range of v", "v", ""),
+    ("v to FP8", "v", "v8"),
+)
+# SageAttention 1.0.6: k loses its mean in place, v becomes float16, F comes as [B, H, N, D].
+SAGE1 = (
+    ("mean of k", "k", ""),
+    ("k - mean", "k", "k"),
+    ("v to float16", "v", "v16"),
+    ("q to INT8", "q", "q8"),
+    ("k to INT8", "k", "k8"),
+    ("8-bit attention", "q8 k8 v16", "F2"),
+    ("merge heads", "F2", "F"),
+)
 
 
-def implementation(label: str, inputs: Inputs) -> Callable[[], Tensor]:
+# ---- the table ----
+
+
+class Implementation(NamedTuple):
+    """One row: what the book knows about one way to compute c_skip·x + c_out·Attention(x)."""
+
+    label: str  # in records
+    title: str  # in figures
+    colour: str  # in figures; told apart by the colour-blind, too
+    build: Callable[[Inputs], Run]
+    passes: tuple[tuple[str, str, str], ...] = ()  # what it moves; (): not counted
+    products: tuple[str, str] = (
+        "bf16",
+        "bf16",
+    )  # of q kᵀ and of p v; float16 has bf16's rate
+    bound: float = 0.01  # the relative L2 error from which on it counts as wrong
+    skip: bool = True  # False: attention alone
+    package: str | None = None  # that has to be installed for it
+
+
+FLASH, CUDNN, OURS, EIGHT = "#E69F00", "#7F7F7F", "#CC79A7", "#882255"
+alone_row = partial(Implementation, passes=(ATTENTION,), skip=False)
+eight_bit_row = partial(Implementation, products=("int8", "fp8"), bound=0.06)
+# fmt: off
+IMPLEMENTATIONS = {row.label: row for row in (
+    Implementation("naive", "N×N softmax, eager skip", "#332288",
+        partial(two_pass, naive, eager_skip), (*NAIVE, *EAGER)),
+    alone_row("flash", "flash SDPA, no skip", FLASH, partial(alone, flash)),
+    Implementation("flash_eager", "flash SDPA, eager skip", FLASH,
+        partial(two_pass, flash, eager_skip), (ATTENTION, *EAGER)),
+    Implementation("flash_compiled", "flash SDPA, compiled skip", "#B8860B",
+        partial(then_compiled_skip, flash), (ATTENTION, SKIP)),
+    alone_row("cudnn", "cuDNN SDPA, no skip", CUDNN, partial(alone, cudnn)),
+    Implementation("cudnn_eager", "cuDNN SDPA, eager skip", CUDNN,
+        partial(two_pass, cudnn, eager_skip), (ATTENTION, *EAGER)),
+    Implementation("cudnn_compiled", "cuDNN SDPA, compiled skip", CUDNN,
+        partial(then_compiled_skip, cudnn), (ATTENTION, SKIP)),
+    Implementation("flex_compiled", "FlexAttention, compiled skip", "#44AA99",
+        flex_compiled, (ATTENTION, SKIP)),
+    Implementation("fused_pytorch", "PyTorch's choice of SDPA, addcmul", FLASH,
+        partial(two_pass, sdpa, addcmul_skip)),
+    alone_row("triton", "our kernel, no skip", OURS, partial(alone, attention)),
+    Implementation("triton_skip", "our kernel, then rcm_skip", OURS,
+        partial(two_pass, attention, rcmlib.rcm_skip), (ATTENTION, SKIP)),
+    Implementation("fused", "bf16, fused", "#0072B2",
+        partial(one_call, rcmlib.rcm_attention), (FUSED,)),
+    eight_bit_row("sage", "8 bits, fused", EIGHT,
+        partial(one_call, rcmlib.rcm_sage_attention), (*QUANTISE, FUSED_8)),
+    eight_bit_row("sage_kernel_fp8", "8 bits, fused: its kernel alone", EIGHT,
+        partial(quantized_kernel, "fp8", True), (FUSED_8,)),
+    eight_bit_row("sage_kernel_fp8_fp16", "its kernel, sums in float16", EIGHT,
+        partial(quantized_kernel, "fp8_fp16", True)),
+    eight_bit_row("sage_kernel_fp8_short", "its kernel, sums of fewer bits", EIGHT,
+        partial(quantized_kernel, "fp8_short", True)),
+    eight_bit_row("sage_kernel_fp16", "its kernel, values in float16", EIGHT,
+        partial(quantized_kernel, "fp16", True), products=("int8", "bf16")),
+    eight_bit_row("sage_kernel_no_skip", "its kernel, no skip", EIGHT,
+        partial(quantized_kernel, "fp8", False), skip=False),
+    eight_bit_row("sage1_compiled", "SageAttention 1.0.6, compiled skip", "#117733",
+        sage_one_compiled, (*SAGE1, SKIP), products=("int8", "bf16"),
+        package="sageattention"),
+)}
+# fmt: on
+TWO_PASS = ("flash_compiled", "cudnn_compiled")  # the strongest peers
+
+
+def installed(labels: Iterable[str]) -> list[str]:
+    """labels without those whose package is missing here."""
+    needs = ((label, IMPLEMENTATIONS[label].package) for label in labels)
+    return [label for label, p in needs if p is None or importlib.util.find_spec(p)]
+
+
+def implementation(label: str, inputs: Inputs) -> Run:
     """The implementation of this label on these inputs: a call that returns [B, N, H·D].
 
     Building it allocates what it needs before it is timed (8-bit copies for sage_kernel_*);
     the first call compiles. KeyError for an unknown label; what an implementation does not
     support, it says in its own error, here or when it is called.
     """
-    return IMPLEMENTATIONS[label](inputs)
-
-
-def distance(inputs: Inputs) -> Callable[[str, Tensor], float]:
-    """A function of a label and its result: the relative L2 error on three query rows.
-
-    Against float64. A row of attention depends on its own query only, so three stand for
-    all, at any length.
-    """
-    q, k, v, x, c_skip, c_out = inputs
-    tokens = q.shape[2]
-    rows = torch.tensor([0, tokens // 2, tokens - 1], device=x.device)
-    without = merge_heads(reference.attention(q[:, :, rows], k, v))
-    with_skip = reference.skip(x[:, rows], without, c_skip, c_out)
-
-    def error(label: str, out: Tensor) -> float:
-        ref = without if label in ALONE else with_skip
-        return reference.relative_l2(out[:, rows], ref)
-
-    return error
-
-
-def allowed(label: str) -> float:
-    """The error from which on an implementation counts as wrong."""
-    return 0.06 if label.startswith("sage") else 0.01
-
-
-# The bf16 implementations of chapter 6's table.
-BF16 = (
-    "flash", "flash_eager", "flash_compiled", "cudnn", "cudnn_eager", "cudnn_compiled",
-    "triton", "triton_skip", "fused",
-)  # fmt: skip
-
-
-def attention_pipelines(q, k, v, x, c_skip, c_out) -> dict[str, Callable[[], Tensor]]:
-    """Those implementations on these inputs."""
-    inputs = Inputs(q, k, v, x, c_skip, c_out)
-    return {label: implementation(label, inputs) for label in BF16}
+    return IMPLEMENTATIONS[label].build(inputs)

@@ -12,6 +12,14 @@ derives the counts, and chapter 12 holds them against the hardware's counters.
 
 from typing import NamedTuple
 
+from rcmlib.measure.implementations import (
+    ATTENTION,
+    EAGER,
+    FUSED,
+    IMPLEMENTATIONS,
+    SKIP,
+)
+
 
 class Pass(NamedTuple):
     """One kernel (or one logical step): bytes read and written, by tensor name."""
@@ -87,56 +95,10 @@ def _found(passes: list[Pass], l2_bytes: float) -> float:
     return max(0.0, (l2_bytes - low) / (high - low)) if high > low else 0.0
 
 
-# ---- the implementations of `rcmlib.measure.implementations`, by label: (pass, reads, writes) ----
+# ---- the implementations, by label ----
 
-ATTENTION = ("attention", "q k v", "F")
-# As PyTorch runs c_skip·x + c_out·F: two products and a sum.
-EAGER = (("c_skip·x", "x", "a"), ("c_out·F", "F", "b"), ("a + b", "a b", "out"))
-SKIP = ("skip", "x F", "out")  # torch.compile's, or `rcmlib.rcm_skip`
-FUSED = ("attention + skip", "q k v x", "out")
-FUSED_8 = ("8-bit attention + skip", "q8 k8 v8 x", "out")
-# q, k and v are views of a packed QKV, of which torch.matmul makes contiguous copies.
-# S, scaled and P are the N×N matrices, in q's dtype.
-NAIVE = (
-    ("copy q", "q", "q2"),
-    ("copy k", "k", "k2"),
-    ("q kᵀ", "q2 k2", "S"),
-    ("scale", "S", "scaled"),
-    ("softmax", "scaled", "P"),
-    ("copy v", "v", "v2"),
-    ("P v", "P v2", "F2"),
-    ("merge heads", "F2", "F"),
-)
-QUANTISE = (
-    ("mean of k", "k", ""),
-    ("q to INT8", "q", "q8"),
-    ("k to INT8", "k", "k8"),
-    ("mean and range of v", "v", ""),
-    ("v to FP8", "v", "v8"),
-)
-# SageAttention 1.0.6: k loses its mean in place, v becomes float16, F comes as [B, H, N, D].
-SAGE1 = (
-    ("mean of k", "k", ""),
-    ("k - mean", "k", "k"),
-    ("v to float16", "v", "v16"),
-    ("q to INT8", "q", "q8"),
-    ("k to INT8", "k", "k8"),
-    ("8-bit attention", "q8 k8 v16", "F2"),
-    ("merge heads", "F2", "F"),
-)
-PIPELINES = {
-    "negate": (("negate", "x", "out"),),
-    "naive": (*NAIVE, *EAGER),
-    **dict.fromkeys(("flash", "cudnn", "triton"), (ATTENTION,)),
-    **dict.fromkeys(("flash_eager", "cudnn_eager"), (ATTENTION, *EAGER)),
-    **dict.fromkeys(
-        ("flash_compiled", "cudnn_compiled", "flex_compiled", "triton_skip"),
-        (ATTENTION, SKIP),
-    ),
-    "fused": (FUSED,),
-    "sage": (*QUANTISE, FUSED_8),
-    "sage_kernel_fp8": (FUSED_8,),
-    "sage1_compiled": (*SAGE1, SKIP),
+PIPELINES = {"negate": (("negate", "x", "out"),)} | {
+    label: row.passes for label, row in IMPLEMENTATIONS.items() if row.passes
 }
 
 

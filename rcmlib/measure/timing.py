@@ -1,14 +1,12 @@
 """GPU times with CUDA events: cold L2, a full queue, medians with their spread.
 
-compare    GPU time of several functions, interleaved    peak_bytes  memory of one call
-wall       time a call, Python and GPU together          launch_us   Python's part of a call
+`compare` times several functions, interleaved; `peak_bytes` is the memory of one call.
 """
 
 import gc
 import random
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -23,7 +21,6 @@ L2_BYTES = 256 << 20  # larger than any GPU's L2
 BUDGET_MS = 1000.0
 LEAST_SAMPLES = 5
 LONG_MS = 50.0  # from here on one warm-up call after the first is enough
-SHORT_QUEUE = 8  # calls that the GPU can be behind without Python waiting for it
 
 Result = TypeVar("Result")
 
@@ -42,7 +39,7 @@ class Clock:
     """Samples the GPU time of calls. RuntimeError without a CUDA device."""
 
     def __init__(self):
-        _need_a_gpu()
+        need_a_gpu()
         self._cache = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
 
     def samples(self, fn: Callable[[], object], repeats: int) -> list[float]:
@@ -58,29 +55,6 @@ class Clock:
             events.append((start, stop))
         torch.cuda.synchronize()
         return [start.elapsed_time(stop) for start, stop in events]
-
-
-def time_ms(fn: Callable[[], object], repeats: int = 50) -> Timing:
-    """The GPU time of one call of fn. RuntimeError without a CUDA device."""
-    return compare({"fn": fn}, rounds=1, repeats=repeats)["fn"]
-
-
-def graph(fn: Callable[[], object]) -> Callable[[], None]:
-    """fn's launches as a CUDA graph, and the call that replays them: no Python in between.
-
-    For work of many launches, such as a training step: queueing it one by one would take
-    longer than running it.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compile and allocate outside the capture
-        for _ in range(3):
-            fn()
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        fn()
-    return captured.replay
 
 
 def compare(
@@ -102,7 +76,7 @@ def compare(
     clock = Clock()
     shares = {}
     for name, fn in functions.items():
-        estimate = _attempt(partial(_warm_up, fn, clock), name, failed)
+        estimate = attempt(partial(_warm_up, fn, clock), name, failed)
         if estimate is not None:
             count = sample_count(estimate, rounds * repeats, budget_ms)
             shares[name] = _spread_over(rounds, count)
@@ -111,7 +85,7 @@ def compare(
     for index in range(rounds):
         for name in order.sample(list(samples), len(samples)):
             take = partial(clock.samples, functions[name], shares[name][index])
-            taken = _attempt(take, name, failed)
+            taken = attempt(take, name, failed)
             if taken is None:
                 del samples[name]
             else:
@@ -139,59 +113,6 @@ def _warm_up(fn: Callable[[], object], clock: Clock) -> float:
     return min(took, *clock.samples(fn, 1))
 
 
-def wall(
-    functions: dict[str, Callable[[], object]],
-    calls: int = 20,
-    failed: dict[str, str] | None = None,
-) -> dict[str, Timing]:
-    """Time a call as a program sees it: `calls` in a row, until the GPU is done; L2 as it is.
-
-    Where Python queues more slowly than the GPU works, this is Python's time.
-    """
-    _need_a_gpu()
-
-    def sample(fn):
-        start = time.perf_counter()
-        for _ in range(calls):
-            fn()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3 / calls
-
-    def samples(fn):
-        for _ in range(3):
-            fn()
-        torch.cuda.synchronize()
-        return [sample(fn) for _ in range(20)]
-
-    taken = {n: _attempt(partial(samples, f), n, failed) for n, f in functions.items()}
-    return {name: summary(times) for name, times in taken.items() if times}
-
-
-def launch(fn: Callable[[], object], calls: int = 304) -> Timing:
-    """The host time of one call, in ms: Python and driver until the launches are queued.
-
-    The GPU is behind by a few calls only, so that none waits for room in the queue.
-    """
-    _need_a_gpu()
-    for _ in range(3):
-        fn()
-    times: list[float] = []
-    while len(times) < calls:
-        torch.cuda.synchronize()
-        fn()  # to a GPU that was idle: not counted
-        for _ in range(SHORT_QUEUE):
-            start = time.perf_counter_ns()
-            fn()
-            times.append((time.perf_counter_ns() - start) / 1e6)
-    torch.cuda.synchronize()
-    return summary(times)
-
-
-def launch_us(fn: Callable[[], object]) -> float:
-    """The median host time of one call, in microseconds. RuntimeError without a CUDA device."""
-    return launch(fn).median_ms * 1e3
-
-
 def peak_bytes(fn: Callable[[], object]) -> int:
     """The most memory that one call holds at a time, above what exists before it.
 
@@ -206,19 +127,20 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
 
 def attempt(
-    action: Callable[[], Result], name: str, failed: dict[str, str]
+    action: Callable[[], Result], name: str, failed: dict[str, str] | None
 ) -> Result | None:
-    """action's result. If it raises: None, the reason in failed[name], its memory freed."""
+    """action's result. If it raises: None, the reason in failed[name], its memory freed.
+
+    Without `failed` the error is raised.
+    """
     try:
         return action()
     except Exception as error:
+        if failed is None:
+            raise
         failed[name] = reason(error)
     _release()  # after the except clause, whose exception holds the failed call's tensors
     return None
-
-
-def _attempt(action, name, failed):
-    return action() if failed is None else attempt(action, name, failed)
 
 
 def free() -> None:
@@ -254,6 +176,6 @@ def summary(times: Iterable[float]) -> Timing:
     return Timing(median, deciles[0], deciles[8], len(times), times)
 
 
-def _need_a_gpu() -> None:
+def need_a_gpu() -> None:
     if not torch.cuda.is_available():
         raise RuntimeError("times are taken on a CUDA device, and there is none here")
