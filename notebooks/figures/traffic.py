@@ -107,7 +107,7 @@ def cache_size(
         counted = records.traffic_mb("seed", label)
         ax.plot(l2_bytes / 2**20, counted, "o", ms=7, color=row.colour)
     ax.axvline(l2_bytes / 2**20, color="#777777", lw=1, ls=":")
-    ax.set(xlim=(0, 112), ylim=(0, None), xticks=range(0, 81, 10))
+    ax.set(xlim=(0, 117), ylim=(0, None), xticks=range(0, 81, 10))
     ax.set(xlabel="size of L2 in the ledger (MiB)", ylabel="through HBM (MB)")
     return fig
 
