@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
-import rcmlib
 from benchmarks.suites.suite import INPUTS, Suite, side_by_side
 from rcmlib import reference
+from rcmlib.attention import attention
 from rcmlib.measure import timing
 from rcmlib.measure.benchmark import case
 from rcmlib.measure.implementations import attention_inputs, installed, sage_one
@@ -74,7 +74,7 @@ def accuracy_case(name: str) -> Iterator[dict]:
     q, k, v = (t.cuda().bfloat16() for t in DISTRIBUTIONS[name]())
     ref = reference.merge_heads(reference.attention(q, k, v))
     functions = {f"sage_{pv}": partial(sage_attention, q, k, v, pv=pv) for pv in PV}
-    functions["bf16"] = partial(rcmlib.attention, q, k, v)
+    functions["bf16"] = partial(attention, q, k, v)
     if installed(["sage1_compiled"]):
         functions["sage1"] = sage_one(q, k, v)
     errors = {}

@@ -74,14 +74,12 @@ class Records:
         done = self.case("ceilings", case_name)[what]
         return done / self.median_ms("ceilings", case_name, label)
 
-    def traffic_mb(self, case_name: str, label: str, cache: str = "none") -> float:
+    def traffic_mb(self, case_name: str, label: str) -> float:
         """What one call moves through HBM, in MB (10⁶ bytes): read, and written in the end.
 
-        By the hardware's counters (record `traffic`). cache: "none", as the program leaves the
-        caches, or "all", emptied before every kernel; there, what a kernel leaves in L2 is not
-        seen to be written.
+        By the hardware's counters (record `traffic`), caches as the program leaves them.
         """
-        found = self.case("traffic", case_name)["traffic"][label][cache]
+        found = self.case("traffic", case_name)["traffic"][label]["none"]
         parts = ("read_bytes", "write_bytes", "left_bytes")
         return sum(found[part] for part in parts) / 1e6
 
