@@ -5,9 +5,9 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
-from notebooks import figures
+from notebooks.figures import speed as figures
 from notebooks.figures.speed import fastest, strongest
-from rcmlib.measure import records
+from notebooks.measurements import records
 
 
 def results(**medians):
@@ -25,7 +25,7 @@ def stored(tmp_path, monkeypatch):
     cases = [case(1024, **times), case(2048, **times)]
     content = {"name": "seed", "provenance": {"device": "A"}, "cases": cases}
     (tmp_path / "seed.json").write_text(json.dumps(content))
-    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    monkeypatch.setattr(records, "folder", tmp_path)
     return content
 
 

@@ -6,7 +6,7 @@ from matplotlib.patches import Rectangle
 from notebooks.figures.style import PALETTE, new_figure
 
 P = PALETTE
-NORMAL, SUBNORMAL, ZERO = P["qkv"], P["baseline"], "#D5D8DC"
+NORMAL, SUBNORMAL, ZERO = P["qkv"], "#E69F00", "#D5D8DC"
 E4M3_MAX = 448.0
 WINDOW = 14  # bits the accumulator keeps: the leading one and 13 more
 
@@ -22,9 +22,7 @@ def e4m3_grid():
     )
     top.vlines(normals, 0, 1, color=NORMAL, lw=1)
     top.vlines(subnormals, 0, 1, color=SUBNORMAL, lw=1.4)
-    top.text(
-        2.0**-9, 1.12, "7 subnormal", color=P["compiled"], fontsize=9, weight="bold"
-    )
+    top.text(2.0**-9, 1.12, "7 subnormal", color="#B8860B", fontsize=9, weight="bold")
     top.text(2.0, 1.12, "119 normal: 8 in each octave", color=P["out"], fontsize=9,
              weight="bold", ha="center")  # fmt: skip
     top.text(448, 1.12, "448", fontsize=9, weight="bold", ha="center")
@@ -142,7 +140,7 @@ def long_sum(tokens, errors):
     looks = {
         "short accumulator": (P["f"], "o", 2, (10, -6), "left"),
         "two levels": (P["out"], "D", -1, (0, 8), "right"),
-        "float16 over 64 keys": (P["triton"], "s", -1, (0, -14), "right"),
+        "float16 over 64 keys": ("#CC79A7", "s", -1, (0, -14), "right"),
     }
     fig, ax = new_figure(7.0, 3.7)
     ax.axhline(0.0265, color=P["neutral"], lw=1, ls="--")

@@ -4,12 +4,14 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from notebooks.figures.style import PALETTE, arrow, new_figure
 from notebooks.measurements import records
+from rcmlib.measure.implementations import IMPLEMENTATIONS
 
-IMPLEMENTATIONS = {
-    "flash": ("flash SDPA", "baseline"),
-    "flash_compiled": ("flash SDPA, compiled", "compiled"),
+FUSED = IMPLEMENTATIONS["fused"].colour
+BLOCKS = {  # a Wan block by its attention: (title, whose colour it has)
+    "flash": ("flash SDPA", "flash"),
+    "flash_compiled": ("flash SDPA, compiled", "flash_compiled"),
     "cudnn": ("cuDNN SDPA", "cudnn"),
-    "cudnn_compiled": ("cuDNN SDPA, compiled", "cudnn"),
+    "cudnn_compiled": ("cuDNN SDPA, compiled", "cudnn_compiled"),
     "fused": ("fused", "fused"),
     "fused_compiled": ("fused, compiled", "fused"),
 }
@@ -93,7 +95,7 @@ def projection_gain(law):
         gain = 100 * (slow["median_ms"] / fast["median_ms"] - 1)
         spread = slow["p90_ms"] - slow["p10_ms"] + fast["p90_ms"] - fast["p10_ms"]
         ax.errorbar(case["K"], gain, 50 * spread / fast["median_ms"], fmt="o", capsize=3,
-                    color=PALETTE["fused"], label="measured, with its spread")  # fmt: skip
+                    color=FUSED, label="measured, with its spread")  # fmt: skip
     ax.axhline(0, color="#888888", linewidth=0.8)
     ax.set_xscale("log", base=2)
     ticks = [256, 512, 768, 1536, 3072, 5120, 10240]
@@ -159,7 +161,7 @@ def _block(ax, y):
     ax.text(6.7, y + 1.1, "3  this book's study, in no Wan block", fontsize=9, va="center",
             color="#555555")  # fmt: skip
     ax.text(0.1, y - 2.95, "dashed: one kernel, rcmlib.gated_projection", fontsize=9,
-            color=PALETTE["fused"], va="center")  # fmt: skip
+            color=FUSED, va="center")  # fmt: skip
 
 
 def _branch(ax, x, y, boxes, framed=False):
@@ -169,9 +171,7 @@ def _branch(ax, x, y, boxes, framed=False):
         _line(ax, (x, y), (x + 0.35, y))
         _box(ax, x + 0.35, y, width, label)
         if framed and index == len(boxes) - 1:
-            ax.add_patch(
-                _frame(x + 0.15, y - 2.75, width + 1.15, 3.35, PALETTE["fused"])
-            )
+            ax.add_patch(_frame(x + 0.15, y - 2.75, width + 1.15, 3.35, FUSED))
         x += 0.35 + width
     end = x + 0.4
     ax.plot([x, end, end], [y, y, y - 1.9], color="#444444", lw=1.4)
@@ -212,19 +212,17 @@ def _adder(ax, x, y):
 def block_times():
     """Bars: a Wan block's forward at two lengths, six implementations each."""
     fig, axes = new_figure(7.8, 3.1, ncols=2, sharey=True)
-    names = list(IMPLEMENTATIONS)[::-1]
+    names = list(BLOCKS)[::-1]
     for ax, name in zip(axes, ("wan_short", "wan_long"), strict=True):
         case = records.case("blocks", name)
         times = [case["results"][n]["median_ms"] for n in names]
-        for y, (implementation, ms) in enumerate(zip(names, times, strict=True)):
-            colour = PALETTE[IMPLEMENTATIONS[implementation][1]]
-            alpha = 1.0 if implementation.endswith("compiled") else 0.55
+        for y, (block, ms) in enumerate(zip(names, times, strict=True)):
+            colour = IMPLEMENTATIONS[BLOCKS[block][1]].colour
+            alpha = 1.0 if block.endswith("compiled") else 0.55
             ax.barh(y, ms, color=colour, alpha=alpha, height=0.65)
             ax.text(ms * 1.02, y, f"{ms:.2f}" if ms < 10 else f"{ms:.1f}", va="center")
         ax.set(xlim=(0, max(times) * 1.2), xlabel="GPU time of one block, forward (ms)")
         ax.set_title(f"N = {case['N']}")
         ax.grid(axis="y", visible=False)
-    axes[0].set(
-        yticks=range(len(names)), yticklabels=[IMPLEMENTATIONS[n][0] for n in names]
-    )
+    axes[0].set(yticks=range(len(names)), yticklabels=[BLOCKS[n][0] for n in names])
     return fig

@@ -2,8 +2,9 @@
 
 from matplotlib.patches import Rectangle
 
-from notebooks.figures.style import PALETTE, new_figure
+from notebooks.figures.style import new_figure
 from notebooks.measurements import records
+from rcmlib.measure.implementations import IMPLEMENTATIONS
 
 THREADS = (
     "#56B4E9",
@@ -88,20 +89,19 @@ def sage_speeds():
     """The 8-bit kernel and its peers over cuDNN's attention without a skip, per shape."""
     fig, ax = new_figure(7.4, 3.7)
     cases = records.record("sage")["cases"]
-    series = (
-        ("sage_kernel_fp8", "8 bits, with the skip", "sage", "o"),
-        ("fused", "bf16 fused (chapter 6)", "fused", "D"),
-    )
-    for key, label, colour, marker in series:
-        ratios = [records.ratio("sage", c["name"], "cudnn", key) for c in cases]
+    for label, marker in (("sage_kernel_fp8", "o"), ("fused", "D")):
+        ratios = [records.ratio("sage", c["name"], "cudnn", label) for c in cases]
+        row = IMPLEMENTATIONS[label]
         ax.plot(
-            range(len(cases)), ratios, marker, ms=8, color=PALETTE[colour], label=label
+            range(len(cases)), ratios, marker, ms=8, color=row.colour, label=row.title
         )
     order = [0, 1, 2, 3, 4]  # the record's first five shapes are those of SAGE2_GIVEN
     ax.plot(order, SAGE2_GIVEN, "_", ms=22, mew=2.5, color="black",
             label="SageAttention2's CUDA kernel, no skip\n(another H100)")  # fmt: skip
     ax.axhline(1, color="#444444", linewidth=1)
-    ax.text(5.45, 1.012, "cuDNN, bf16, no skip", ha="right", va="bottom", fontsize=9)
+    ax.text(
+        5.45, 1.012, IMPLEMENTATIONS["cudnn"].title, ha="right", va="bottom", fontsize=9
+    )
     names = [f"D = {c['D']}\nN = {c['N']}" for c in cases]
     names[-1] += "\n(Wan)"
     ax.set(
@@ -118,22 +118,21 @@ def sage_crossover(crossings: dict[int, float]):
     for ax, (dim, crossing) in zip(axes, crossings.items(), strict=True):
         cases = [c for c in records.record("sage_crossover")["cases"] if c["D"] == dim]
         tokens = [c["N"] for c in cases]
-        for key, label, colour, offset in (
-            ("sage", "8 bits", "sage", 5),
-            ("fused", "bf16 fused", "fused", -16),
-        ):
+        for label, offset in (("sage", 5), ("fused", -16)):
             ratios = [
-                records.ratio("sage_crossover", c["name"], "cudnn_compiled", key)
+                records.ratio("sage_crossover", c["name"], "cudnn_compiled", label)
                 for c in cases
             ]
-            ax.plot(tokens, ratios, "o-", color=PALETTE[colour], ms=5)
-            ax.annotate(label, (tokens[-2], ratios[-2]), xytext=(-8, offset),
+            row = IMPLEMENTATIONS[label]
+            ax.plot(tokens, ratios, "o-", color=row.colour, ms=5)
+            ax.annotate(row.title, (tokens[-2], ratios[-2]), xytext=(-8, offset),
                         textcoords="offset points", ha="right", fontsize=9,
-                        color=PALETTE[colour])  # fmt: skip
+                        color=row.colour)  # fmt: skip
         ax.axhline(1, color="#444444", lw=1)
-        ax.axvline(crossing, color=PALETTE["sage"], lw=1, ls=":")
+        eight_bits = IMPLEMENTATIONS["sage"].colour
+        ax.axvline(crossing, color=eight_bits, lw=1, ls=":")
         ax.annotate(f"N ≈ {round(crossing, -2):.0f}", (crossing, 0.52), xytext=(4, 0),
-                    textcoords="offset points", fontsize=9, color=PALETTE["sage"])  # fmt: skip
+                    textcoords="offset points", fontsize=9, color=eight_bits)  # fmt: skip
         ax.set_xscale("log", base=2)
         ax.set(xticks=tokens, xticklabels=[f"{n}" for n in tokens], ylim=(0.5, 1.5))
         ax.tick_params(axis="x", labelsize=8)

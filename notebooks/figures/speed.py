@@ -1,26 +1,37 @@
-"""Chapter 13: how a time is taken, and who is faster, at which length and head size."""
+"""Chapter 13: how a time is taken, who is faster where, and what holds them.
 
+The roofline, the launch path, who wins at which length, and the reader's own GPU.
+"""
+
+import json
 import math
 import statistics
+from pathlib import Path
 
+import numpy as np
 from matplotlib.patches import Rectangle
 
 from notebooks.figures.style import PALETTE, arrow, new_figure
 from notebooks.measurements import records
-from rcmlib.measure.tables import TWO_PASS, fastest
+from rcmlib.measure.implementations import IMPLEMENTATIONS, TWO_PASS
+from rcmlib.measure.records import fastest
 
-LOOKS = {  # implementation: (name, colour, marker)
-    "naive": ("N×N softmax, eager skip", "naive", "v"),
-    "flash_eager": ("flash SDPA, eager skip", "baseline", "o"),
-    "flash_compiled": ("flash SDPA, compiled skip", "compiled", "o"),
-    "cudnn_compiled": ("cuDNN SDPA, compiled skip", "cudnn", "s"),
-    "flex_compiled": ("FlexAttention, compiled skip", "flex", "^"),
-    "triton_skip": ("our kernel, then rcm_skip", "triton", "D"),
-    "fused": ("bf16, fused", "fused", "D"),
-    "sage": ("8 bits, fused", "sage", "D"),
-    "sage1_compiled": ("SageAttention 1.0.6, compiled skip", "sage1", "P"),
-}
+MARKERS = {"naive": "v", "flash_eager": "o", "flash_compiled": "o", "cudnn_compiled": "s",
+           "flex_compiled": "^", "triton_skip": "D", "fused": "D", "sage": "D",
+           "sage1_compiled": "P"}  # fmt: skip
 OURS = ("fused", "sage")
+SHORT = {  # where there is no room for a title
+    "fused": "bf16",
+    "sage": "8 bits",
+    "flash_compiled": "flash",
+    "cudnn_compiled": "cuDNN",
+}
+
+
+def look(label: str) -> dict:
+    """How matplotlib draws an implementation, everywhere in this chapter."""
+    row = IMPLEMENTATIONS[label]
+    return {"marker": MARKERS[label], "color": row.colour, "label": row.title}
 
 
 def strongest(case: dict, labels: tuple[str, ...] = TWO_PASS) -> float:
@@ -38,12 +49,12 @@ def one_sample():
     fig, ax = new_figure(7.6, 2.7)
     python = (
         (0.0, 0.9, "zero\nL2", "neutral"), (1.0, 0.9, "sleep", "neutral"),
-        (2.0, 0.9, "start", "reference"), (3.0, 2.0, "call", "fused"),
+        (2.0, 0.9, "start", "reference"), (3.0, 2.0, "call", "out"),
         (5.1, 0.9, "stop", "reference"),
     )  # fmt: skip
     gpu = (
         (0.6, 2.4, "overwrite L2", "neutral"), (3.0, 4.2, "wait", "idle"),
-        (7.35, 4.0, "kernel", "fused"),
+        (7.35, 4.0, "kernel", "out"),
     )  # fmt: skip
     colours = PALETTE | {"idle": "#E9ECEF"}
     for y, boxes in ((2.0, python), (0.3, gpu)):
@@ -71,13 +82,12 @@ def samples_in_turn(name: str, case_name: str, labels: tuple[str, ...]):
     """Every stored time of some implementations, in the order they were taken."""
     fig, ax = new_figure(7.2, 3.3)
     for label in labels:
-        text, colour, marker = LOOKS[label]
         times = [
             1e3 * t for t in records.case(name, case_name)["results"][label]["all_ms"]
         ]
         order = range(1, len(times) + 1)
-        ax.plot(order, times, marker, ms=4, color=PALETTE[colour], label=text)
-        ax.axhline(statistics.median(times), color=PALETTE[colour], lw=1)
+        ax.plot(order, times, ls="", ms=4, **look(label))
+        ax.axhline(statistics.median(times), color=IMPLEMENTATIONS[label].colour, lw=1)
     ax.set_xticks(range(0, len(times) + 1, 10))
     ax.set(
         xlabel="sample, ten a round", ylabel="GPU time (µs)", xlim=(0, len(times) + 1)
@@ -90,16 +100,16 @@ def speeds_by_length(name: str):
     """Speed relative to cuDNN + compiled skip over N, both axes logarithmic."""
     fig, ax = new_figure(7.4, 4.2)
     cases = records.record(name)["cases"]
-    for label, (text, colour, marker) in LOOKS.items():
+    for label in MARKERS:
         found = [c for c in cases if label in c["results"]]
         if label == "cudnn_compiled" or not found:
             continue
         speeds = [
             strongest(c, ("cudnn_compiled",)) / strongest(c, (label,)) for c in found
         ]
-        ax.plot([c["N"] for c in found], speeds, f"{marker}-", ms=5, color=PALETTE[colour],
-                label=text)  # fmt: skip
-    ax.axhline(1, color=PALETTE["cudnn"], lw=2, label="cuDNN SDPA, compiled skip")
+        ax.plot([c["N"] for c in found], speeds, ms=5, **look(label))
+    peer = IMPLEMENTATIONS["cudnn_compiled"]
+    ax.axhline(1, color=peer.colour, lw=2, label=peer.title)
     log_tokens(ax, [c["N"] for c in cases])
     ax.set_yscale("log")
     ticks = (0.05, 0.1, 0.2, 0.5, 1, 1.5)
@@ -110,21 +120,19 @@ def speeds_by_length(name: str):
     return fig
 
 
-def where_the_speed_is_from(steps: dict[str, tuple[str, str, str]]):
+def where_the_speed_is_from(steps: dict[str, tuple[str, str]]):
     """From the N×N baseline to the fused kernel: each step's factor, on a log scale.
 
-    steps: {what: (slow, fast, colour)}, implementations of the record `seed`.
+    steps: {what: (slow, fast)}, implementations of the record `seed`.
     """
     cases = records.record("seed")["cases"]
     fig, ax = new_figure(7.6, 0.55 * len(cases) + 1.3)
     for row, case in enumerate(cases):
         start = 0.0
-        for slow, fast, colour in steps.values():
+        for slow, fast in steps.values():
             factor = strongest(case, (slow,)) / strongest(case, (fast,))
-            width = math.log2(factor)
-            ax.barh(
-                row, width, left=start, height=0.62, color=PALETTE[colour], ec="white"
-            )
+            width, colour = math.log2(factor), IMPLEMENTATIONS[fast].colour
+            ax.barh(row, width, left=start, height=0.62, color=colour, ec="white")
             if width > 0.25:
                 ax.text(start + width / 2, row, f"{factor:.2f}×", ha="center", va="center",
                         color="white", fontsize=8.5, fontweight="bold")  # fmt: skip
@@ -136,7 +144,8 @@ def where_the_speed_is_from(steps: dict[str, tuple[str, str, str]]):
     ax.set_xticks(powers, [f"{2**p}×" for p in powers])
     ax.set_xlabel("speed relative to the N×N baseline (logarithmic)")
     ax.grid(axis="y", visible=False)
-    handles = [Rectangle((0, 0), 1, 1, fc=PALETTE[c]) for *_, c in steps.values()]
+    colours = [IMPLEMENTATIONS[fast].colour for _, fast in steps.values()]
+    handles = [Rectangle((0, 0), 1, 1, fc=colour) for colour in colours]
     ax.legend(handles, steps, fontsize=8.5, ncols=2, loc="lower center",
               bbox_to_anchor=(0.45, 1.0))  # fmt: skip
     return fig
@@ -148,23 +157,22 @@ def scaling():
     cases = records.record("scaling")["cases"]
     memory = records.record("scaling")["provenance"]["memory_mib"] * 2**20
     for label in ("naive", *TWO_PASS, "fused", "sage"):
-        text, colour, marker = LOOKS[label]
         found = [c for c in cases if label in c["results"]]
         tokens = [c["N"] for c in found]
         pairs = [1e9 * strongest(c, (label,)) / (c["H"] * c["N"] ** 2) for c in found]
-        left.plot(tokens, pairs, f"{marker}-", ms=4, color=PALETTE[colour], label=text)
+        left.plot(tokens, pairs, ms=4, **look(label))
         peaks = [c["peak_bytes"][label] for c in found]
-        right.plot(tokens, peaks, f"{marker}-", ms=4, color=PALETTE[colour])
+        right.plot(tokens, peaks, ms=4, **look(label))
     right.axhline(memory, color=PALETTE["reference"], ls="--", lw=1)
     right.text(
         cases[0]["N"], memory * 0.8, "all memory of the GPU", va="top", fontsize=9
     )
     last = [c for c in cases if "naive" in c["results"]][-1]
-    right.plot(2 * last["N"], 4 * last["peak_bytes"]["naive"], "x", ms=9, mew=2,
-               color=PALETTE["naive"])  # fmt: skip
-    right.annotate("does not fit", (2 * last["N"], 4 * last["peak_bytes"]["naive"]),
-                   xytext=(7, 0), textcoords="offset points", va="center", fontsize=9,
-                   color=PALETTE["naive"])  # fmt: skip
+    beyond = 2 * last["N"], 4 * last["peak_bytes"]["naive"]
+    colour = IMPLEMENTATIONS["naive"].colour
+    right.plot(*beyond, "x", ms=9, mew=2, color=colour)
+    right.annotate("does not fit", beyond, xytext=(7, 0), textcoords="offset points",
+                   va="center", fontsize=9, color=colour)  # fmt: skip
     for ax in (left, right):
         log_tokens(ax, [c["N"] for c in cases])
         ax.set_yscale("log")
@@ -187,12 +195,9 @@ def batches_and_heads():
     labels = (*TWO_PASS, *OURS)
     cases = records.record("batch")["cases"]
     for label in labels:
-        text, colour, marker = LOOKS[label]
         found = [c for c in cases if steady(c["results"][label])]
         times = [1e3 * strongest(c, (label,)) / c["B"] for c in found]
-        left.plot(
-            [c["B"] for c in found], times, f"{marker}-", ms=4, color=PALETTE[colour]
-        )
+        left.plot([c["B"] for c in found], times, ms=4, **look(label))
     left.set_xscale("log", base=2)
     left.set_xticks([c["B"] for c in cases], [str(c["B"]) for c in cases])
     left.minorticks_off()
@@ -200,10 +205,8 @@ def batches_and_heads():
              ylabel="time a sample (µs)", ylim=(0, None))  # fmt: skip
     cases = records.record("dims")["cases"]
     for label in labels:
-        text, colour, marker = LOOKS[label]
         rates = [_tflop_s(c, label) for c in cases]
-        right.plot([c["D"] for c in cases], rates, f"{marker}-", ms=5, color=PALETTE[colour],
-                   label=text)  # fmt: skip
+        right.plot([c["D"] for c in cases], rates, ms=5, **look(label))
     right.set_xticks([c["D"] for c in cases])
     right.set(xlabel="head size D (N = {N}, B = {B})".format(**cases[0]),
               ylabel="TFLOP/s, skip included", ylim=(0, None))  # fmt: skip
@@ -222,12 +225,10 @@ def speed_rows(rows: dict[str, dict], labels: tuple[str, ...]):
         ax.plot([min(speeds.values()), max(speeds.values())], [y, y], lw=4, color="#E2E5E8",
                 zorder=1)  # fmt: skip
         for label, speed in speeds.items():
-            _, colour, marker = LOOKS[label]
-            ax.plot(speed, y, marker, ms=7, color=PALETTE[colour])
+            ax.plot(speed, y, ms=7, **look(label) | {"label": None})
     ax.axvline(1, color="#444444", lw=1)
     for label in labels:
-        text, colour, marker = LOOKS[label]
-        ax.plot([], [], marker, color=PALETTE[colour], label=text)
+        ax.plot([], [], ls="", **look(label))
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("speed relative to the strongest two-pass pipeline (flash or cuDNN)")
@@ -247,3 +248,120 @@ def log_tokens(ax, tokens):
     ax.set_xticks(tokens, shown)
     ax.minorticks_off()
     ax.set_xlabel("sequence length N")
+
+
+def roofline(panels: dict[str, dict], bandwidth: float, roofs: dict[str, float]):
+    """FLOP/s against FLOP/byte, both logarithmic, one panel a head size.
+
+    panels: {title: {"points": {label: [(FLOP/byte, TFLOP/s), ...]}, "exp2": TFLOP/s}}, the
+    last being what the exponentials allow. bandwidth in bytes/s; roofs: {name: TFLOP/s}.
+    """
+    fig, axes = new_figure(7.8, 4.2, ncols=len(panels), sharey=True)
+    intensity = np.geomspace(5, 2e5, 200)
+    for ax, (title, panel) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        top = max(roofs.values())
+        ax.plot(intensity, np.minimum(intensity * bandwidth / 1e12, top),
+                color=PALETTE["reference"], lw=1.4)  # fmt: skip
+        for name, roof in roofs.items():
+            start = roof * 1e12 / bandwidth
+            ax.plot([start, 2e5], [roof, roof], color=PALETTE["reference"], lw=1.4)
+            ax.text(1.9e5, roof * 1.04, name, ha="right", va="bottom", fontsize=8)
+        ax.axhline(panel["exp2"], color=PALETTE["f"], ls="--", lw=1.4)
+        ax.text(5.5, panel["exp2"] * 1.04, "exp2", color=PALETTE["f"], va="bottom",
+                fontsize=8.5)  # fmt: skip
+        for label, points in panel["points"].items():
+            ax.plot(*zip(*points, strict=True), lw=1, ms=4.5, **look(label))
+        ax.set(xscale="log", yscale="log", xlim=(5, 2e5), ylim=(3, top * 1.7))
+        ax.set(title=title, xlabel="FLOP / byte of HBM (by the ledger)")
+    axes = np.atleast_1d(axes)
+    axes[0].set_ylabel("TFLOP/s (products only)")
+    axes[0].legend(fontsize=8, loc="lower right")
+    return fig
+
+
+def layer_times(name: str = "B1_N256"):
+    """GPU time and time a call of whole layers and blocks, eager and as CUDA graphs."""
+    fig, ax = new_figure(6.4, 3.8)
+    gpu, wall = (records.case("layers", n) for n in (name, f"{name}_wall"))
+    labels = list(gpu["results"])
+    for y, label in enumerate(labels):
+        ours = "fused" in label and "pytorch" not in label
+        colour = IMPLEMENTATIONS["fused" if ours else "flash"].colour
+        inside, seen = (1e3 * strongest(c, (label,)) for c in (gpu, wall))
+        ax.barh(y, inside, height=0.62, color=colour)
+        ax.plot([seen, seen], [y - 0.4, y + 0.4], color=PALETTE["reference"], lw=2.5)
+    ax.set_yticks(range(len(labels)), [n.replace("_", " ") for n in labels])
+    ax.set(xlim=(0, None), ylim=(len(labels) - 0.5, -0.5), xlabel="µs")
+    ax.grid(axis="y", visible=False)
+    mark, bar = ax.lines[0], Rectangle((0, 0), 1, 1, fc=PALETTE["neutral"])
+    ax.legend([bar, mark], ["GPU time", "time a call, as the program sees it"],
+              fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # fmt: skip
+    return fig
+
+
+def who_wins(series: dict[str, list[dict]]):
+    """A map: rows are series of cases, columns lengths; each cell our best against theirs.
+
+    The number is the strongest two-pass time over our best; colour and name say who is ahead.
+    """
+    columns = sorted({c["N"] for cases in series.values() for c in cases})
+    columns = list(dict.fromkeys(map(_short, columns)))  # 32 760 and 32 768 are one
+    fig, ax = new_figure(7.8, 0.62 * len(series) + 1.1)
+    for y, cases in enumerate(series.values()):
+        for case in cases:
+            ours, theirs = fastest(case, OURS), fastest(case, TWO_PASS)
+            speed = strongest(case, (theirs,)) / strongest(case, (ours,))
+            winner = ours if speed >= 1 else theirs
+            strength = min(1.0, 0.3 + 1.6 * abs(math.log2(speed)))
+            x = columns.index(_short(case["N"]))
+            box = (x - 0.48, y - 0.46), 0.96, 0.92
+            colour = IMPLEMENTATIONS[winner].colour
+            ax.add_patch(Rectangle(*box, fc=colour, alpha=strength))
+            ax.text(x, y, f"{speed:.2f}\n{SHORT[winner]}", ha="center", va="center",
+                    fontsize=8, color="white" if strength > 0.6 else "black")  # fmt: skip
+    ax.set_xticks(range(len(columns)), columns, fontsize=8)
+    ax.set_yticks(range(len(series)), list(series))
+    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(series) - 0.5, -0.5))
+    ax.set_xlabel("sequence length N")
+    ax.grid(False)
+    return fig
+
+
+def my_gpu(path: Path | str, labels: tuple[str, ...] = ("flash_compiled", *OURS)):
+    """The reader's record of a suite over length beside the stored one of the same name.
+
+    path: what `benchmarks suites --out` wrote. Without that file, the stored record of
+    `seed` alone; beside a record of one's own shape (`--shape`), the same.
+    """
+    path = Path(path)
+    mine = json.loads(path.read_text()) if path.exists() else None
+    known = mine is not None and mine["name"] in records.names()
+    stored = records.record(mine["name"] if known else "seed")
+    shown = [stored, mine] if mine else [stored]
+    fig, axes = new_figure(3.9 * len(shown) + 1.2, 3.6, ncols=len(shown), sharey=True)
+    for ax, record in zip(np.atleast_1d(axes), shown, strict=True):
+        for label in labels:
+            cases = [c for c in record["cases"]
+                     if label in c["results"] and "cudnn_compiled" in c["results"]]  # fmt: skip
+            base = [strongest(c, ("cudnn_compiled",)) for c in cases]
+            speeds = [
+                b / strongest(c, (label,)) for b, c in zip(base, cases, strict=True)
+            ]
+            ax.plot([c["N"] for c in cases], speeds, ms=5, **look(label))
+        ax.axhline(1, color=IMPLEMENTATIONS["cudnn_compiled"].colour, lw=2)
+        log_tokens(ax, [c["N"] for c in record["cases"]])
+        owner = "yours" if record is mine else "stored"
+        ax.set_title(f"{owner}: {record['provenance']['device']}", fontsize=9.5)
+    axes = np.atleast_1d(axes)
+    axes[0].set_ylabel("speed relative to\ncuDNN SDPA + compiled skip")
+    axes[0].legend(fontsize=8.5)
+    return fig
+
+
+def _short(tokens: int) -> str:
+    """256, 1k for 1024, 32k for 32 760 too, 75.6k for 75 600."""
+    if tokens < 1024:
+        return str(tokens)
+    binary = tokens / 1024
+    near = abs(binary - round(binary)) < 0.05
+    return f"{round(binary)}k" if near else f"{tokens / 1000:.1f}k"

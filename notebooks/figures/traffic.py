@@ -7,19 +7,13 @@ from benchmarks import traffic
 from notebooks.figures.style import PALETTE, new_figure
 from notebooks.measurements import records
 from rcmlib.measure import ledger
+from rcmlib.measure.implementations import IMPLEMENTATIONS
 
-NAMES = {  # implementation: (what it is called in the figures, its colour)
-    "flash_eager": ("flash, eager skip", "baseline"),
-    "flash_compiled": ("flash, compiled skip", "compiled"),
-    "cudnn_eager": ("cuDNN, eager skip", "cudnn"),
-    "cudnn_compiled": ("cuDNN, compiled skip", "cudnn"),
-    "flex_compiled": ("FlexAttention, compiled skip", "flex"),
-    "triton_skip": ("our kernel, then rcm_skip", "triton"),
-    "fused": ("bf16, fused", "fused"),
-    "sage1_compiled": ("SageAttention 1.0.6, compiled skip", "sage1"),
-    "sage": ("8 bits, fused", "sage"),
-    "sage_kernel_fp8": ("8 bits, fused: its kernel alone", "sage"),
-}
+LABELS = [
+    label
+    for label, row in IMPLEMENTATIONS.items()
+    if row.passes and row.skip and label != "naive"  # it would dwarf the others
+]
 COLOURS = {"x": "x", "F": "f", "out": "out", "a": "neutral", "b": "neutral"}
 
 
@@ -30,7 +24,8 @@ def byte_boxes(labels: tuple[str, ...], shape: tuple[int, int, int, int]):
     for row, label in enumerate(labels):
         passes = ledger.pipeline(label, *shape)
         left, base = 0.0, -row * 1.5
-        ax.text(0, base + 0.72, NAMES[label][0], fontweight="bold", va="bottom")
+        title = IMPLEMENTATIONS[label].title
+        ax.text(0, base + 0.72, title, fontweight="bold", va="bottom")
         for step in passes:
             for part in (step.reads, step.writes):
                 for name, size in part.items():
@@ -64,7 +59,7 @@ def where_counters_sit(l2_mb: float, hbm_mb: float):
     """
     fig, ax = new_figure(7.6, 2.9)
     boxes = (
-        (0.0, 2.4, "SMs", "registers,\nshared memory", "fused"),
+        (0.0, 2.4, "SMs", "registers,\nshared memory", "out"),
         (5.2, 1.9, "L2", "cache of\nall SMs", "f"),
         (10.2, 1.9, "HBM", "where tensors\nlive", "neutral"),
     )
@@ -105,14 +100,14 @@ def cache_size(
     for label in labels:
         passes = ledger.pipeline(label, *shape)
         moved = [ledger.hbm(passes, mib * 2**20).bytes / 1e6 for mib in sizes]
-        name, colour = NAMES[label]
-        ax.plot(sizes, moved, color=PALETTE[colour])
-        ax.annotate(name, (sizes[-1], moved[-1]), xytext=(6, 0), va="center",
-                    textcoords="offset points", color=PALETTE[colour])  # fmt: skip
+        row = IMPLEMENTATIONS[label]
+        ax.plot(sizes, moved, color=row.colour)
+        ax.annotate(row.title, (sizes[-1], moved[-1]), xytext=(6, 0), va="center",
+                    textcoords="offset points", color=row.colour)  # fmt: skip
         counted = records.traffic_mb("seed", label)
-        ax.plot(l2_bytes / 2**20, counted, "o", ms=7, color=PALETTE[colour])
+        ax.plot(l2_bytes / 2**20, counted, "o", ms=7, color=row.colour)
     ax.axvline(l2_bytes / 2**20, color="#777777", lw=1, ls=":")
-    ax.set(xlim=(0, 112), ylim=(0, None), xticks=range(0, 81, 10))
+    ax.set(xlim=(0, 117), ylim=(0, None), xticks=range(0, 81, 10))
     ax.set(xlabel="size of L2 in the ledger (MiB)", ylabel="through HBM (MB)")
     return fig
 
@@ -122,17 +117,19 @@ def predicted_and_counted(case_names: tuple[str, ...]):
     cases = [records.case("traffic", name) for name in case_names]
     fig, axes = new_figure(7.8, 4.3, ncols=len(cases), sharey=True)
     for ax, case in zip(np.atleast_1d(axes), cases, strict=True):
-        shown = [label for label in NAMES if label in case["traffic"]]
+        shown = [label for label in LABELS if label in case["traffic"]]
         for row, label in enumerate(shown):
             found = case["traffic"][label]["none"]
             read = found["read_bytes"] / 1e6
             written = (found["write_bytes"] + found["left_bytes"]) / 1e6
-            colour = PALETTE[NAMES[label][1]]
+            colour = IMPLEMENTATIONS[label].colour
             ax.barh(row, read, color=colour + "70", ec=colour)
             ax.barh(row, written, left=read, color=colour, ec=colour)
             mark = traffic.predicted_mb(case, label)
             ax.plot([mark, mark], [row - 0.46, row + 0.46], color="black", lw=2)
-        ax.set_yticks(range(len(shown)), [NAMES[label][0] for label in shown])
+        ax.set_yticks(
+            range(len(shown)), [IMPLEMENTATIONS[label].title for label in shown]
+        )
         ax.grid(axis="y", visible=False)
         ax.set_title(f"N = {case['N']}, C = {case['H'] * case['D']}")
         ax.set_xlabel("MB through HBM")
