@@ -29,7 +29,7 @@ def how(name: str) -> pd.DataFrame:
 
 def _topic(sentence: str) -> tuple[str, str]:
     """A sentence of a method, and before it what it is about."""
-    if field := re.match(r"(\w+): (.*)", sentence):  # a field of the record: its meaning
+    if field := re.match(r"(\w+): (.*)", sentence):  # explains a field of the record
         return field[1], field[2]
     if sentence.startswith("bf16"):
         return "inputs", sentence
