@@ -1,12 +1,13 @@
-"""The figures: one style, and a landing picture that shows today's record."""
+"""The figures: one style, a landing picture of today's record; and how a record was taken."""
 
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from notebooks import figures
+from notebooks.figures import epilogue, gradients, projection
 from notebooks.figures.__main__ import PICTURE, fingerprint
+from notebooks.measurements import how, records
 
 
 def test_the_landing_picture_was_drawn_from_the_stored_record():
@@ -17,14 +18,14 @@ def test_the_landing_picture_was_drawn_from_the_stored_record():
 @pytest.mark.parametrize(
     "draw",
     [
-        figures.headline,
-        figures.dataflow,
-        figures.seed_times,
-        figures.against_cudnn,
-        figures.two_walks,
-        figures.training_ratios,
-        figures.block_times,
-        figures.wan_block_places,
+        epilogue.headline,
+        epilogue.dataflow,
+        epilogue.seed_times,
+        epilogue.against_cudnn,
+        gradients.two_walks,
+        gradients.training_ratios,
+        projection.block_times,
+        projection.wan_block_places,
     ],
 )
 def test_a_figure_has_an_opaque_white_background(draw):
@@ -32,3 +33,12 @@ def test_a_figure_has_an_opaque_white_background(draw):
     assert isinstance(figure, Figure)
     assert figure.get_facecolor() == (1, 1, 1, 1)
     plt.close(figure)
+
+
+@pytest.mark.parametrize("name", records.names())
+def test_how_a_record_was_taken_leaves_nothing_of_its_method_out(name):
+    table = how(name)
+    method = records.record(name)["method"]
+    assert all(text in method for text in table.loc["method":].iloc[:, 0])
+    assert sum(map(len, table.loc["method":].iloc[:, 0])) > 0.9 * len(method)
+    assert "..." not in table._repr_html_()

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from notebooks.figures import headline
+from notebooks.figures.epilogue import headline
 from notebooks.measurements import records
 
 PICTURE = Path(__file__).parents[2] / "book" / "_static" / "headline.png"
