@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rcmlib.measure.records import Records
-
-records = Records(Path(__file__).parent)
+from benchmarks import records
 
 pd.set_option("display.max_colwidth", None)  # a sentence must not end in "..."
 

@@ -13,16 +13,9 @@ FLOAT32 = torch.finfo(torch.float32)
 
 
 def rcm_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    c_skip: float | Tensor,
-    c_out: float | Tensor,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, c_skip: float | Tensor, c_out: float | Tensor,
+    *, scale: float | None = None, is_causal: bool = False,
+) -> Tensor:  # fmt: skip
     """c_skip·x + c_out·merge_heads(softmax(q kᵀ·scale) v), in one kernel.
 
     q: [B, H, Nq, D]; k, v: [B, H, Nkv, D], D from 16 to 256, every length ≥ 1, any strides
@@ -52,8 +45,8 @@ def rcm_attention(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = False
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = False,
+) -> Tensor:  # fmt: skip
     """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_attention`'s kernel without x.
 
     Arguments, gradients and errors as there; the result has q's dtype. It is for layers in

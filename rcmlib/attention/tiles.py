@@ -18,24 +18,19 @@ SHORT = 512  # keys: below, one loop that keeps track of the maximum is faster t
 
 
 def choose_tile(
-    head_dim: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    tma: bool = True,
-    pairs: bool = True,
-    long: bool = True,
-) -> Tile:
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], tma: bool = True,
+    pairs: bool = True, long: bool = True,
+) -> Tile:  # fmt: skip
     """The tile for a GPU of this compute capability, without a register spilled in its loop.
 
-    tma: the copy engine reads q, k and v, where that pays (`copy_engine`).
-    pairs: a program may own two blocks of rows.
-    long: there are more than SHORT keys.
+    tma: the copy engine reads q, k and v, where that pays (`copy_engine`). pairs: a program
+    may own two blocks of rows. long: there are more than SHORT keys.
 
-    Weights relative to a fixed maximum may be as large as 2¹²⁰:
-    float16 cannot hold them, and for sm_100 Triton 3.6 does not compile the check of their
-    sums. float32 uses the ordinary FMA units, for IEEE products, and keeps its operands in
-    registers, so its tiles are small. sm_90 and sm_100 have 227 KiB of shared memory, enough
-    for two or three programs on an SM; sm_89 and sm_120 have 99.
+    Weights relative to a fixed maximum may be as large as 2¹²⁰: float16 cannot hold them, and
+    for sm_100 Triton 3.6 does not compile the check of their sums. float32 uses the ordinary
+    FMA units, for IEEE products, and keeps its operands in registers, so its tiles are small.
+    sm_90 and sm_100 have 227 KiB of shared memory, enough for two or three programs on an SM;
+    sm_89 and sm_120 have 99.
     """
     block_d = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:
@@ -80,8 +75,8 @@ def choose_backward_tiles(
 ) -> tuple[Tile, Tile]:
     """(`dkdv_kernel`'s tile, `dq_kernel`'s), both without a register spilled anywhere.
 
-    Two stages also keep loop-invariant operands in
-    shared memory, where one stage has the compiler hold them in registers, and spill.
+    Two stages also keep loop-invariant operands in shared memory, where one stage has the
+    compiler hold them in registers, and spill.
     """
     block_d = triton.next_power_of_2(head_dim)
     if dtype == torch.float32:

@@ -121,9 +121,7 @@ class Variant(Tile):
     precision: str = "tf32"  # of float32 products
 
 
-Box = tuple[
-    list[int], list[int], list[int]
-]  # a tensor's shape and strides, and one copy's shape
+Box = tuple[list, list, list]  # a tensor's shape and strides, and the shape of one copy
 
 
 class Plan:

@@ -36,15 +36,9 @@ PEERS = tuple(
 
 
 def benchmark_all_implementations(
-    B: int,
-    N: int,
-    C: int,
-    num_heads: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    implementations: Iterable[str] | None = None,
-    seed: int = 0,
-) -> dict:
+    B: int, N: int, C: int, num_heads: int, *, dtype: torch.dtype = torch.bfloat16,
+    implementations: Iterable[str] | None = None, seed: int = 0,
+) -> dict:  # fmt: skip
     """Times every way to compute c_skip·x + c_out·Attention(x); prints a table.
 
     B samples of N tokens and C channels in num_heads heads; D = C / num_heads from 16 to 256.
@@ -62,8 +56,7 @@ def benchmark_all_implementations(
     """
     shape = check_sizes(B, N, C, num_heads)
     if dtype not in DTYPES:
-        names = ", ".join(str(d) for d in DTYPES)
-        raise TypeError(f"dtype must be one of {names}, got {dtype}")
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     labels = check_labels(implementations)
     timing.need_a_gpu()
     case = benchmark_shape(f"B{B}_N{N}_C{C}_H{num_heads}", shape, labels, dtype, seed)
@@ -73,8 +66,7 @@ def benchmark_all_implementations(
 
 def check_sizes(B: int, N: int, C: int, num_heads: int) -> tuple[int, int, int, int]:
     """The shape (B, H, N, D), or the TypeError or ValueError that says what is wrong."""
-    sizes = {"B": B, "N": N, "C": C, "num_heads": num_heads}
-    for name, size in sizes.items():
+    for name, size in {"B": B, "N": N, "C": C, "num_heads": num_heads}.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if size < 1:
@@ -82,10 +74,8 @@ def check_sizes(B: int, N: int, C: int, num_heads: int) -> tuple[int, int, int, 
     if C % num_heads:
         raise ValueError(f"C must be a multiple of num_heads, got {C} and {num_heads}")
     if C // num_heads not in HEAD_DIMS:
-        raise ValueError(
-            f"C / num_heads must be from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, "
-            f"got {C // num_heads}"
-        )
+        allowed = f"from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
+        raise ValueError(f"C / num_heads must be {allowed}, got {C // num_heads}")
     return B, num_heads, N, C // num_heads
 
 
@@ -98,11 +88,9 @@ def check_labels(implementations: Iterable[str] | None) -> list[str]:
     labels = list(dict.fromkeys(implementations))
     if not labels:
         raise ValueError("implementations must name at least one, got none")
-    if unknown := [label for label in labels if label not in IMPLEMENTATIONS]:
-        raise ValueError(
-            f"implementations must be among {', '.join(IMPLEMENTATIONS)}; "
-            f"got {', '.join(map(str, unknown))}"
-        )
+    if unknown := [str(label) for label in labels if label not in IMPLEMENTATIONS]:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementations must be among {known}; got {', '.join(unknown)}")
     return labels
 
 
@@ -110,13 +98,9 @@ def check_labels(implementations: Iterable[str] | None) -> list[str]:
 
 
 def benchmark_shape(
-    name: str,
-    shape: tuple[int, int, int, int],
-    labels: Iterable[str],
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-    budget_ms: float = timing.BUDGET_MS,
-) -> dict:
+    name: str, shape: tuple[int, int, int, int], labels: Iterable[str],
+    dtype: torch.dtype = torch.bfloat16, seed: int = 0, budget_ms: float = timing.BUDGET_MS,
+) -> dict:  # fmt: skip
     """A record's case: these implementations at one shape (B, H, N, D)."""
     batch, heads, tokens, dim = shape
     sizes = dict(zip("BHND", shape, strict=True))
@@ -184,9 +168,8 @@ def check(
         wrong_by = error(label, runs[label]())
         checked.errors[label] = {"relative_l2": wrong_by}
         if not wrong_by < bound(label):  # NaN is wrong too
-            raise ArithmeticError(
-                f"wrong: relative error {wrong_by:.2g}, allowed {bound(label)}"
-            )
+            said = f"wrong: relative error {wrong_by:.2g}, allowed {bound(label)}"
+            raise ArithmeticError(said)
         checked.runs[label] = runs[label]
 
     # disable=None: no bar where the output is a file or a notebook
@@ -234,17 +217,11 @@ def _time_rows(case: dict) -> list[list[str]]:
     rows = [["", "median ms", "± ms", "× two-pass", "TFLOP/s", "peak MB"]]
     for label, result in case["results"].items():
         ms = result["median_ms"]
-        ratio = case["results"][best]["median_ms"] / ms if best else None
-        rate = case["flop"] / ms / 1e9 if "flop" in case else None
+        ratio = f"{case['results'][best]['median_ms'] / ms:.2f}" if best else ""
+        rate = f"{case['flop'] / ms / 1e9:.0f}" if "flop" in case else ""
         peak = case.get("peak_bytes", {}).get(label)
-        rows.append([
-            label,
-            f"{ms:.4f}",
-            f"{spread_ms(result):.4f}",
-            "" if ratio is None else f"{ratio:.2f}",
-            "" if rate is None else f"{rate:.0f}",
-            "" if peak is None else f"{peak / 1e6:.1f}",
-        ])  # fmt: skip
+        peak = "" if peak is None else f"{peak / 1e6:.1f}"
+        rows.append([label, f"{ms:.4f}", f"{spread_ms(result):.4f}", ratio, rate, peak])
     return rows
 
 

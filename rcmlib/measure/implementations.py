@@ -37,12 +37,7 @@ class Inputs(NamedTuple):
 
 
 def attention_inputs(
-    batch: int,
-    heads: int,
-    tokens: int,
-    dim: int,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
+    batch: int, heads: int, tokens: int, dim: int, dtype=torch.bfloat16, seed: int = 0
 ) -> Inputs:
     """Random q, k, v, x and per-sample coefficients at random noise levels, on the GPU."""
     random = torch.Generator("cuda").manual_seed(seed)

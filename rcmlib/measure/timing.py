@@ -58,12 +58,9 @@ class Clock:
 
 
 def compare(
-    functions: dict[str, Callable[[], object]],
-    rounds: int = 6,
-    repeats: int = 10,
-    budget_ms: float = BUDGET_MS,
-    failed: dict[str, str] | None = None,
-) -> dict[str, Timing]:
+    functions: dict[str, Callable[[], object]], rounds: int = 6, repeats: int = 10,
+    budget_ms: float = BUDGET_MS, failed: dict[str, str] | None = None,
+) -> dict[str, Timing]:  # fmt: skip
     """Times several functions in turn, `rounds` times, each round in another order.
 
     A GPU under load warms up and lowers its clock: in a fixed order, the last function would

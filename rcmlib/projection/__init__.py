@@ -8,13 +8,9 @@ from rcmlib.core.launch import call_key, known, run_on_device
 
 
 def rcm_projection(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    c_skip: float | Tensor,
+    a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, c_skip: float | Tensor,
     c_out: float | Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """c_skip·x + c_out·(a Wᵀ + bias), in one kernel.
 
     a: [B, N, K]; weight: [C, K], as nn.Linear keeps it; bias: [C] or None; every size ≥ 1, any

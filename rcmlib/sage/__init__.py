@@ -12,20 +12,10 @@ PV = ("fp8", "fp8_fp16", "fp8_short", "fp16")
 
 
 def rcm_sage_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    c_skip: float | Tensor,
-    c_out: float | Tensor,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    smooth_k: bool = True,
-    smooth_q: bool = False,
-    smooth_v: bool = True,
-    pv: str | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, c_skip: float | Tensor, c_out: float | Tensor,
+    *, scale: float | None = None, is_causal: bool = False, smooth_k: bool = True,
+    smooth_q: bool = False, smooth_v: bool = True, pv: str | None = None,
+) -> Tensor:  # fmt: skip
     """c_skip·x + c_out·merge_heads(softmax(q kᵀ·scale) v), with 8-bit matrix products.
 
     Arguments, shapes, dtypes and errors as `rcm_attention`'s; x and the coefficients are not
@@ -56,17 +46,10 @@ def rcm_sage_attention(
 
 
 def sage_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    smooth_k: bool = True,
-    smooth_q: bool = False,
-    smooth_v: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = False,
+    smooth_k: bool = True, smooth_q: bool = False, smooth_v: bool = True,
     pv: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """merge_heads(softmax(q kᵀ·scale) v), [B, Nq, H·D]: `rcm_sage_attention` without x."""
     smooth = {"smooth_q": smooth_q, "smooth_k": smooth_k, "smooth_v": smooth_v}
     arguments = (q, k, v, None, None, None)
