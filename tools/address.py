@@ -15,14 +15,19 @@ from sphinx.errors import ConfigError
 
 FOLDER = "rcm-sage-book"  # what the clone commands call the clone
 CLONE = f"```bash\ngit clone {{}} {FOLDER}\ncd {FOLDER}\n```"
-COLAB = f"```\n!git clone {{}} {FOLDER}\n%cd {FOLDER}\n```"
+FIND = f'import site\nsite.addsitedir("{FOLDER}")'  # where Python is to find the clone
+COLAB = f"```\n!git clone {{}} {FOLDER}\n{FIND}\n```"
 NO_CLONE = "In a terminal, in your clone of this book's repository:"
 NO_COLAB = f"""\
 Download a chapter from its page, upload it to Colab (File → Upload notebook), and bring your
-clone of this book's repository there too, as a folder `{FOLDER}`. Then insert one cell at the
-top: `%cd {FOLDER}`."""
+clone of this book's repository there too, as a folder `{FOLDER}`. Insert one cell at the top:
+
+```
+{FIND}
+```"""
 WITH_BUTTONS = """\
-The rocket above each chapter opens it in Colab. There, insert one cell at the top:
+The rocket above each chapter opens it in Colab, or in Binder, which has no GPU and needs no
+set-up. In Colab, insert one cell at the top:
 
 """
 WITHOUT_BUTTONS = """\
