@@ -3,8 +3,7 @@
 import nbformat
 import pytest
 
-from notebooks.measurements import records
-from rcmlib.measure.records import Records
+from benchmarks import records
 from tests.hygiene import (
     CHAPTERS,
     NOTEBOOKS,
@@ -39,8 +38,7 @@ def name_of(path):
 
 def record_functions():
     """The namespace of the comments behind numbers in prose: the methods of the records."""
-    methods = (name for name in vars(Records) if not name.startswith("_"))
-    return {name: getattr(records, name) for name in methods}
+    return {name: getattr(records, name) for name in dir(records) if name[0] != "_"}
 
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
