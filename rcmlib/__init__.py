@@ -23,23 +23,11 @@ from rcmlib.sage import rcm_sage_attention  # noqa: E402
 from rcmlib.skip import rcm_skip  # noqa: E402
 
 __all__ = [
-    "BaselineRCMAttention",
-    "Coefficients",
-    "FusedRCMAttention",
-    "TransformerBlock",
-    "TritonFusedRCMAttention",
-    "benchmark_all_implementations",
-    "edm",
-    "gated_projection",
-    "integrate",
-    "rcm_attention",
-    "rcm_projection",
-    "rcm_sage_attention",
-    "rcm_skip",
-    "rectified_flow",
-    "reference",
-    "trigflow",
-]
+    "BaselineRCMAttention", "Coefficients", "FusedRCMAttention", "TransformerBlock",
+    "TritonFusedRCMAttention", "benchmark_all_implementations", "edm", "gated_projection",
+    "integrate", "rcm_attention", "rcm_projection", "rcm_sage_attention", "rcm_skip",
+    "rectified_flow", "reference", "trigflow",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -38,13 +38,10 @@ class _RCMAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, H, N, D]: strided views of one packed [B, N, 3, H, D] projection."""
-        _check_tokens(x, self.qkv.in_features)
-        batch, tokens, dim = x.shape
-        packed = self.qkv(self.norm(x)).view(
-            batch, tokens, 3, self.num_heads, dim // self.num_heads
-        )
-        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        if x.ndim != 3 or x.shape[-1] != self.qkv.in_features:
+            raise ValueError(f"x must be [B, N, {self.qkv.in_features}], got {list(x.shape)}")
+        packed = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        return packed.permute(2, 0, 3, 1, 4).unbind(0)
 
     def exact_coefficients(self, x: Tensor, t: float | Tensor) -> Coefficients:
         """EDM's coefficients in float64: numbers, or tensors of t's shape and device."""
@@ -56,29 +53,21 @@ class _RCMAttention(nn.Module):
 
     def coefficients(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """EDM's c_skip and c_out in x's dtype, shaped [B, 1, 1] or [1, 1, 1]."""
-        c = self.exact_coefficients(x, t)
-        c_skip, c_out = (
-            torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, 1, 1)
-            for value in (c.c_skip, c.c_out)
-        )
-        return c_skip, c_out
+        exact = self.exact_coefficients(x, t)[:2]
+        c_skip, c_out = (torch.as_tensor(c, dtype=x.dtype, device=x.device) for c in exact)
+        return c_skip.view(-1, 1, 1), c_out.view(-1, 1, 1)
 
 
 class BaselineRCMAttention(_RCMAttention):
     """The two-pass baseline: attention and projection write F, then the skip reads it back.
 
-    naive=True materialises the [B, H, N, N] probabilities instead of calling SDPA, as the
-    textbook formula does.
+    naive=True materialises the [B, H, N, N] probabilities, like the textbook, without SDPA.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        sigma_data: float = 1.0,
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = True, sigma_data: float = 1.0,
         naive: bool = False,
-    ):
+    ):  # fmt: skip
         super().__init__(dim, num_heads, qkv_bias, sigma_data)
         self.naive = naive
 
@@ -113,7 +102,6 @@ class FusedRCMAttention(_RCMAttention):
 class TritonFusedRCMAttention(_RCMAttention):
     """Attention in one kernel, the output projection with the skip in its epilogue in another.
 
-    The projection stands between attention and skip, so the skip rides on the projection.
     out_proj=False leaves the projection out (no `proj.*` in the state_dict): then the skip
     rides on attention, f(x, t) = c_skip(t)·x + c_out(t)·attention(x).
 
@@ -123,13 +111,9 @@ class TritonFusedRCMAttention(_RCMAttention):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        sigma_data: float = 1.0,
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = True, sigma_data: float = 1.0,
         out_proj: bool = True,
-    ):
+    ):  # fmt: skip
         super().__init__(dim, num_heads, qkv_bias, sigma_data)
         if not out_proj:
             self.proj = None
@@ -150,7 +134,7 @@ class TransformerBlock(nn.Module):
     """A pre-norm transformer block whose attention carries the rCM skip.
 
         h = c_skip(t)·x + c_out(t)·proj(attention(norm(x)))
-        y = h + mlp(norm(h)),   mlp = Linear, GELU (tanh), Linear
+        y = h + mlp(norm(h)),   mlp = Linear to int(mlp_ratio·dim), GELU (tanh), Linear
 
     The order is that of a Wan or TurboDiffusion block, without text and modulation (for
     those: `rcmlib.wan`). At t = 0 attention falls away and h = x; the MLP remains.
@@ -160,13 +144,9 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        mlp_ratio: float = 4,
-        qkv_bias: bool = True,
+        self, dim: int, num_heads: int = 8, mlp_ratio: float = 4, qkv_bias: bool = True,
         sigma_data: float = 1.0,
-    ):
+    ):  # fmt: skip
         super().__init__()
         hidden = int(mlp_ratio * dim)
         if hidden < 1:
@@ -174,16 +154,10 @@ class TransformerBlock(nn.Module):
         self.attn = BaselineRCMAttention(dim, num_heads, qkv_bias, sigma_data)
         self.attn.norm = nn.LayerNorm(dim)
         self.norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, dim)
-        )
+        widen, narrow = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.mlp = nn.Sequential(widen, nn.GELU("tanh"), narrow)
 
     def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
         """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
         x = self.attn(x, t)
         return x + self.mlp(self.norm(x))
-
-
-def _check_tokens(x: Tensor, dim: int) -> None:
-    if x.ndim != 3 or x.shape[-1] != dim:
-        raise ValueError(f"x must be [B, N, {dim}], got {list(x.shape)}")

@@ -23,11 +23,12 @@ from torch.nn import functional as F
 from rcmlib.attention import attention
 from rcmlib.projection import gated_projection
 
+Grid = tuple[int, int, int]  # frames, height, width
 ROPE_THETA = 10_000.0  # RoPE's base wavelength, as in RoFormer (arXiv 2104.09864)
 
 
 def rope_tables(
-    grid: tuple[int, int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+    grid: Grid, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of every token's rotation angles, [N, 1, head_dim/2], in dtype.
 
@@ -67,7 +68,7 @@ class WanRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(_at_least_float32(x))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = wide.square().mean(dim=-1, keepdim=True)
         return (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
 
@@ -82,24 +83,22 @@ class WanSelfAttention(nn.Module):
                 f"dim must be an even multiple of num_heads, got {dim} and {num_heads}"
             )
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
 
-    def heads(self, x: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, H, N, D] of x [B, N, dim], as views of token-major tensors."""
         q, k, v = (
             t.unflatten(-1, (self.num_heads, -1))
             for t in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x))
         )
-        cos, sin = rope_tables(grid, q.shape[-1], _at_least_float32(q), q.device)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        cos, sin = rope_tables(grid, q.shape[-1], dtype, q.device)
         q, k = (rotate(t, cos, sin).to(v.dtype) for t in (q, k))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """x [B, N, dim] of a (frames, height, width) grid -> o(attention), [B, N, dim]."""
         attended = F.scaled_dot_product_attention(*self.heads(x, grid))
         return self.o(attended.transpose(1, 2).flatten(2))
@@ -120,12 +119,11 @@ class WanBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.self_attn = WanSelfAttention(dim, num_heads, qk_norm, eps)
         self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim)
-        )
+        widen, narrow = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
+        self.ffn = nn.Sequential(widen, nn.GELU("tanh"), narrow)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
-    def forward(self, x: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, grid: Grid) -> Tensor:
         """x [B, N, dim], e [B, 6, dim], grid (frames, height, width) -> [B, N, dim].
 
         e is the time embedding's projection, in float32. ValueError or TypeError if the
@@ -140,13 +138,11 @@ class WanBlock(nn.Module):
         h = self.norm2(x) * (1 + ffn_scale) + ffn_shift
         return x + ffn_gate.to(x.dtype) * self.ffn(h.to(x.dtype))
 
-    def add_attention(
-        self, x: Tensor, h: Tensor, gate: Tensor, grid: tuple[int, int, int]
-    ) -> Tensor:
+    def add_attention(self, x: Tensor, h: Tensor, gate: Tensor, grid: Grid) -> Tensor:
         """x + gate·o(attention(h)); x and h [B, N, dim], gate [B, 1, dim]."""
         return x + gate.to(x.dtype) * self.self_attn(h, grid)
 
-    def _check(self, x: Tensor, e: Tensor, grid: tuple[int, int, int]) -> None:
+    def _check(self, x: Tensor, e: Tensor, grid: Grid) -> None:
         dim = self.modulation.shape[-1]
         if x.ndim != 3 or x.shape[-1] != dim:
             raise ValueError(f"x must be [B, N, {dim}], got {list(x.shape)}")
@@ -170,14 +166,8 @@ class FusedWanBlock(WanBlock):
     product loses against cuBLAS (chapter 8).
     """
 
-    def add_attention(
-        self, x: Tensor, h: Tensor, gate: Tensor, grid: tuple[int, int, int]
-    ) -> Tensor:
+    def add_attention(self, x: Tensor, h: Tensor, gate: Tensor, grid: Grid) -> Tensor:
         """x + gate·o(attention(h)), the residual in o's epilogue."""
         attended = attention(*self.self_attn.heads(h, grid))
         o = self.self_attn.o
         return gated_projection(attended, o.weight, o.bias, x, gate.squeeze(1))
-
-
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -4,16 +4,9 @@ from matplotlib.patches import FancyBboxPatch
 
 from notebooks.figures.style import PALETTE, arrow, new_figure
 from notebooks.measurements import records
+from rcmlib.measure.implementations import IMPLEMENTATIONS
 
-LABELS = {
-    "flash_eager": "flash SDPA + eager skip",
-    "flash_compiled": "flash SDPA + compiled skip",
-    "cudnn_eager": "cuDNN SDPA + eager skip",
-    "cudnn_compiled": "cuDNN SDPA + compiled skip",
-    "triton_skip": "this kernel, then rcm_skip",
-    "fused": "this kernel, skip fused",
-}
-ATTENTION_OF = {
+ATTENTION_OF = {  # each implementation: its attention without the skip
     "flash_eager": "flash",
     "flash_compiled": "flash",
     "cudnn_eager": "cudnn",
@@ -81,7 +74,7 @@ def _draw_seed_times(ax):
     case = records.case("attention", "seed")
     device = records.record("attention")["provenance"]["device"]
     results = case["results"]
-    names = list(LABELS)[::-1]
+    names = list(ATTENTION_OF)[::-1]
     for y, name in enumerate(names):
         full = results[name]["median_ms"]
         attention = min(results[ATTENTION_OF[name]]["median_ms"], full)
@@ -89,7 +82,9 @@ def _draw_seed_times(ax):
         colour = PALETTE["fused"] if name == "fused" else PALETTE["f"]
         ax.barh(y, full - attention, left=attention, color=colour, height=0.62)
         ax.text(full + 0.002, y, f"{full:.3f} ms", va="center")
-    ax.set(yticks=range(len(names)), yticklabels=[LABELS[n] for n in names])
+    ax.set(
+        yticks=range(len(names)), yticklabels=[IMPLEMENTATIONS[n].title for n in names]
+    )
     ax.set_xlabel(
         "GPU time (ms): attention alone in grey, what the skip adds in colour"
     )

@@ -4,6 +4,7 @@ from matplotlib.patches import Rectangle
 
 from notebooks.figures.style import PALETTE, arrow, new_figure
 from notebooks.measurements import records
+from rcmlib.measure.implementations import IMPLEMENTATIONS
 
 CHOICES = {
     "recover": (PALETTE["f"], "recover F from out"),
@@ -88,17 +89,17 @@ def training_ratios():
     """Forward and backward: each two-pass pipeline's time over the fused kernels'."""
     fig, ax = new_figure(7.2, 3.5)
     cases = records.record("gradients")["cases"]
-    names = {
-        "flash_eager": ("flash SDPA\n+ eager skip", "baseline", "left"),
-        "flash_compiled": ("flash SDPA\n+ compiled skip", "compiled", "right"),
-        "cudnn_compiled": ("cuDNN SDPA\n+ compiled skip", "cudnn", "right"),
+    sides = {
+        "flash_eager": "left",
+        "flash_compiled": "right",
+        "cudnn_compiled": "right",
     }
-    for name, (label, colour, side) in names.items():
+    for name, side in sides.items():
+        peer = IMPLEMENTATIONS[name]
         ratios = [records.ratio("gradients", c["name"], name, "fused") for c in cases]
-        rows = range(len(cases))
-        ax.plot(ratios, rows, "o", color=PALETTE[colour], ms=8)
-        ax.text(ratios[0], -0.4, label, color=PALETTE[colour], ha=side, va="bottom",
-                fontsize=8.5, weight="bold")  # fmt: skip
+        ax.plot(ratios, range(len(cases)), "o", color=peer.colour, ms=8)
+        ax.text(ratios[0], -0.4, peer.title.replace(", ", ",\n"), color=peer.colour,
+                ha=side, va="bottom", fontsize=8.5, weight="bold")  # fmt: skip
     ax.axvline(1, color="#444444", lw=1)
     ax.text(1.005, len(cases) - 0.45, "right: fused is faster", fontsize=9, va="center")
     ax.set(yticks=range(len(cases)), ylim=(len(cases) - 0.2, -1.2))

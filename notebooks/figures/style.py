@@ -7,20 +7,20 @@ told apart by colour-blind readers; backgrounds are opaque white, so figures rea
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch
 
+from rcmlib.measure.implementations import IMPLEMENTATIONS
+
+COLOUR = {label: row.colour for label, row in IMPLEMENTATIONS.items()}
 PALETTE = {
     "qkv": "#56B4E9",  # tensors
     "x": "#009E73",
     "f": "#D55E00",
     "out": "#0072B2",
-    "baseline": "#E69F00",  # implementations: flash SDPA + eager skip
-    "compiled": "#B8860B",  # flash SDPA + compiled skip
-    "cudnn": "#7F7F7F",
-    "triton": "#CC79A7",  # the attention kernel without the skip
-    "fused": "#0072B2",
-    "sage": "#882255",  # the 8-bit kernel
-    "naive": "#332288",  # the N×N softmax
-    "flex": "#44AA99",  # FlexAttention
-    "sage1": "#117733",  # SageAttention 1.0.6
+    "baseline": COLOUR["flash_eager"],  # implementations
+    "compiled": COLOUR["flash_compiled"],
+    "cudnn": COLOUR["cudnn"],
+    "triton": COLOUR["triton"],
+    "fused": COLOUR["fused"],
+    "naive": COLOUR["naive"],
     "reference": "#000000",
     "neutral": "#9AA0A6",
 }

@@ -1,7 +1,6 @@
 """The book's records: `records.ratio("seed", "N2048", "cudnn_compiled", "fused")`."""
 
 import re
-from pathlib import Path
 
 import pandas as pd
 

@@ -225,6 +225,5 @@ class _Attention(torch.autograd.Function):
             *gradients.wanted((dq, dk, dv, dx), ctx.needs_input_grad),
             gradients.coefficient_grad(x_dots, c_skip) if c_wanted[0] else None,
             gradients.coefficient_grad(delta, c_out) if c_wanted[1] else None,
-            None,
-            None,
+            *(None, None),
         )

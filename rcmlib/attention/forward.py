@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from rcmlib import core
 from rcmlib.attention.tiles import LOG2_E, SHORT, choose_tile, few_rows
-from rcmlib.core import copy_engine, device_capability, dot_precision, interpreting, launch
+from rcmlib.core import launch
 from rcmlib.core.epilogue import load_coefficient, skip_epilogue
 from rcmlib.core.rows import Place, Rows, key_range, load_rows, mask_scores, own_rows
 
@@ -220,19 +221,20 @@ def attention_plan(
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
-    capability = device_capability(q.device)
+    capability = core.device_capability(q.device)
     few = few_rows(batch * heads * triton.cdiv(q_len, 128), q.device)
-    tma = copy_engine(q.dtype, capability) and not few and launch.descriptors_allowed(q, k, v)
+    tma = not few and launch.descriptors_allowed(q, k, v)
+    tma = tma and core.copy_engine(q.dtype, capability)
     if tile is None:
         # Along the diagonal, one of two blocks would wait for the other.
         pairs, long = not (few or is_causal), kv_len > SHORT
         tile = choose_tile(head_dim, q.dtype, capability, tma, pairs, long)
-        if interpreting() and q.dtype == torch.float32:
+        if core.interpreting() and q.dtype == torch.float32:
             tile = replace(tile, fixed=long)  # the interpreter's stand-in for bfloat16
     m, n = tile.block_m, tile.block_n
     how = launch.Variant(
         **vars(tile), head_dim=head_dim, block_d=block_d, tma=tma, causal=is_causal,
-        ragged=kv_len % n != 0, per_sample=per_sample, precision=dot_precision(q.dtype),
+        ragged=kv_len % n != 0, per_sample=per_sample, precision=core.dot_precision(q.dtype),
     )  # fmt: skip
     x_strides = (0, 0) if x is None else x.stride()[:2]
     strides = (*(t.stride()[:3] for t in (q, k, v)), x_strides)
@@ -250,8 +252,7 @@ def attention_forward(
 
     c_skip, c_out: two floats or two [B]. plan: the one of these arguments, if it is known.
     Returns (out,), or with `save` what the backward pass needs: (out, f, lse). With x = None
-    it is attention alone, [B, Nq, H·D], pass one of a two-pass pipeline; then out is f, and
-    the f returned is empty.
+    it is attention alone; then out is f, and the f returned is empty.
     """
     batch, heads, q_len, head_dim = q.shape
     tokens = (batch, q_len, heads * head_dim)

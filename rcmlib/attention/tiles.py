@@ -62,9 +62,8 @@ def choose_tile(
 def few_rows(blocks: int, device: torch.device) -> bool:
     """Are so many blocks of 128 rows too few to keep the SMs of this GPU busy?
 
-    Then a program owns one block of 64, so that there are more of them. And it reads by
-    pointers, which is as fast here: encoding three descriptors for the copy engine takes a
-    third of the launch, and a small launch takes longer than its kernel. (Measured on an H100.)
+    Then a program owns one block of 64, so that there are more of them, and reads by pointers:
+    encoding three descriptors takes a third of a launch that takes longer than its kernel.
     """
     sms = multiprocessors(device)
     return sms is not None and blocks < 1.5 * sms

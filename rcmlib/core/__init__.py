@@ -1,8 +1,5 @@
-"""What the operations share. This page knows where the kernels can run.
-
-It imports no Triton: coefficients, references and the PyTorch modules work on platforms that
-have none, and the kernel files are imported by the first call that launches one.
-"""
+"""What the operations share. This page knows where the kernels can run. It imports no Triton:
+what is plain PyTorch works without, and the first launch imports the kernels' files."""
 
 import functools
 import importlib.util

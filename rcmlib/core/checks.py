@@ -66,19 +66,11 @@ def coefficients(c_skip, c_out, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     c_skip = _coefficient("c_skip", c_skip, x)
     c_out = _coefficient("c_out", c_out, x)
-    if _is_constant(c_skip) and _is_constant(c_out):
-        return c_skip, c_out
-    return _per_sample(c_skip, x), _per_sample(c_out, x)
-
-
-def _is_constant(c: Tensor) -> bool:
-    return c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad
-
-
-def _per_sample(c: Tensor, x: Tensor) -> Tensor:
-    if c.ndim == 0:
-        c = c.to(x.device).expand(x.shape[0])
-    return c.contiguous()
+    both = (c_skip, c_out)
+    if all(c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad for c in both):
+        return both
+    wide = (c if c.ndim else c.to(x.device).expand(x.shape[0]) for c in both)
+    return tuple(c.contiguous() for c in wide)
 
 
 def _coefficient(name: str, c, x: Tensor) -> Tensor:

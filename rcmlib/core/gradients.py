@@ -93,10 +93,8 @@ def operator(function: Callable) -> Callable:
     """Registers `_name` as the operator torch.ops.rcmlib.name, on every device.
 
     The schema comes from the annotations; nothing is written to and no result is an argument.
-    `torch.library.custom_op` does the same, but wraps every call in Python, three times over,
-    and looks for aliases among its results; that takes longer than all checks of the input.
-    Gradients are the business of the functions that call the operators: a backward pass
-    through an operator itself raises an error.
+    (`torch.library.custom_op` would take longer than all checks of the input.) Gradients are
+    the business of the functions that call it: a backward pass through it raises an error.
     """
     name = function.__name__.removeprefix("_")
     schema = torch.library.infer_schema(function, mutates_args=())

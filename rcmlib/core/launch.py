@@ -1,14 +1,12 @@
 """Launches: planned once for each layout of their tensors, kept in one cache, and repeated.
 
 Grid, tile, strides and the compiled kernel follow from the tensors' layouts alone. Working
-them out, and having Triton bind its arguments and look up what it compiled for them, takes
-longer than everything else in a call together. So a launcher keeps its plans (`PLANS`) under a
-key that holds all a launch depends on (`key_of`).
+them out takes longer than everything else in a call together. So a launcher keeps its plans
+(`PLANS`) under a key that holds all a launch depends on (`key_of`).
 
-The checks of the input look at the same: types, dtypes, devices, shapes and strides, none of
-them at the numbers in a tensor. So a call whose key is in the cache would pass them again, and
-a public function goes straight to that plan, past the checks and the dispatcher; unless
-somebody wants to see the call: autograd, a tracer, a profiler (`call_key`).
+The checks of the input look at the same, none of them at the numbers in a tensor. So a call
+whose key is in the cache would pass them again, and goes straight to its plan, past checks and
+dispatcher; unless somebody wants to see it: autograd, a tracer, a profiler (`call_key`).
 """
 
 import functools
@@ -128,8 +126,7 @@ class Plan:
     """kernel[grid](*tensors, *numbers, **constants), for any tensors of the same layouts.
 
     numbers: integers and tuples of them. boxes: of the first tensors, which go in as
-    descriptors for the copy engine. A constant HOW, such as a Variant, says how many warps
-    and stages there are.
+    descriptors. The constant HOW, where there is one, says how many warps and stages.
 
     The first launch is Triton's own, which compiles the kernel or finds it. It returns what
     ran, and later launches run that: launch hooks work as ever, pre-run hooks and changes of
@@ -154,7 +151,8 @@ class Plan:
         """tensors: the kernel's first arguments; tensors, None, and floats, on whose values
         Triton never specialises. On the current stream of the current device."""
         if self.boxes:
-            tensors = self.boxed(tensors)
+            described = map(_descriptor_class(), tensors, self.boxes)
+            tensors = (*described, *tensors[len(self.boxes) :])
         if self.run is None:
             launch = self.kernel[self.grid]
             compiled = launch(*tensors, *self.numbers, **self.constants)
@@ -162,10 +160,6 @@ class Plan:
                 self.run = compiled[self.grid]
         else:
             self.run(*tensors, *self.rest)
-
-    def boxed(self, tensors: tuple) -> tuple:
-        described = map(_descriptor_class(), tensors, self.boxes)
-        return (*described, *tensors[len(self.boxes) :])
 
 
 @functools.cache
@@ -195,15 +189,14 @@ def descriptors_allowed(*tensors: Tensor) -> bool:
     )
 
 
-def box_of_rows(t: Tensor, rows: int, cols: int) -> Box:
-    """A tensor [B, H, N, D] as boxes of `rows` tokens of one head."""
-    # The stride of a dimension of size 1 is never used, but has to look aligned.
-    strides = [s if n > 1 else 16 for s, n in zip(t.stride(), t.shape, strict=True)]
-    return list(t.shape), [*strides[:-1], 1], [1, 1, rows, cols]
-
-
-def boxes_of_rows(tensors, rows, cols: int) -> tuple[Box, ...]:
-    return tuple(box_of_rows(t, r, cols) for t, r in zip(tensors, rows, strict=True))
+def boxes_of_rows(tensors: Sequence[Tensor], rows: Sequence[int], cols: int) -> tuple[Box, ...]:
+    """Tensors [B, H, N, D], each as boxes of so many tokens of one head."""
+    boxes = []
+    for t, count in zip(tensors, rows, strict=True):
+        # The stride of a dimension of size 1 is never used, but has to look aligned.
+        strides = [s if n > 1 else 16 for s, n in zip(t.stride(), t.shape, strict=True)]
+        boxes.append((list(t.shape), [*strides[:-1], 1], [1, 1, count, cols]))
+    return tuple(boxes)
 
 
 def box_of_matrix(t: Tensor, block: list[int]) -> Box:

@@ -27,10 +27,7 @@ class Place(NamedTuple):
 
 @triton.jit
 def own_rows(heads, q_len, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    """The Place of this program's queries.
-
-    Neighbouring programs share a head, hence its keys and values in L2.
-    """
+    """The Place of this program's queries. Neighbours share a head: its k and v stay in L2."""
     tiles = tl.cdiv(q_len, BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -68,10 +65,8 @@ def load_rows(rows, at, row, COUNT: tl.constexpr, HOW: tl.constexpr, MASK: tl.co
 
 @triton.jit
 def key_range(kv_len, first_row, ROWS: tl.constexpr, HOW: tl.constexpr):
-    """(whole, stop): tiles in [0, whole) need no mask, those in [whole, stop) do.
-
-    They hold the last keys, or the causal diagonal of ROWS queries.
-    """
+    """(whole, stop): tiles in [0, whole) need no mask. Those in [whole, stop) do: they hold the
+    last keys, or the causal diagonal of ROWS queries."""
     whole = kv_len // HOW.block_n * HOW.block_n
     stop = kv_len
     if HOW.causal:

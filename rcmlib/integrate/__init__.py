@@ -3,14 +3,13 @@
     report = fuse(model)      # what was replaced, and why the rest was left
     unfuse(model)             # the original again
 
-A module is replaced by giving it another class: one that keeps every parameter, buffer, hook
-and name, and differs in `forward` only. So the state_dict, optimisers that hold the
-parameters, copies, pickles and torch.compile go on working, and undoing is exact.
-
-What is left alone is left for a reason, which the report states: the fused forward must
-compute the same function, and run whatever hooks and adapters the original runs.
+A module is replaced by giving it another class, which keeps every parameter, buffer, hook and
+name, and differs in `forward` only. So the state_dict, optimisers, copies, pickles and
+torch.compile go on working, and undoing is exact. What is left is left for a reason, which the
+report states: the fused forward must run whatever hooks and adapters the original runs.
 """
 
+import re
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -53,13 +52,10 @@ class Report(NamedTuple):
         return tuple(row for row in self.rows if not row.became)
 
     def __str__(self) -> str:
-        head = f"{len(self.replaced)} replaced, {len(self.left)} left"
         cells = [(row.name or "(the model)", row.kind, row.outcome) for row in self.rows]
-        if not cells:
-            return head
-        name, kind = (max(len(row[i]) for row in cells) for i in range(2))
-        lines = (f"{a:{name}}  {b:{kind}}  {c}" for a, b, c in cells)
-        return "\n".join([head, *lines])
+        name, kind = (max((len(row[i]) for row in cells), default=0) for i in range(2))
+        lines = [f"{a:{name}}  {b:{kind}}  {c}" for a, b, c in cells]
+        return "\n".join([f"{len(self.replaced)} replaced, {len(self.left)} left", *lines])
 
 
 def fuse(model: nn.Module) -> Report:
@@ -71,21 +67,18 @@ def fuse(model: nn.Module) -> Report:
     Nothing is launched or moved; the kernels' own conditions (Triton, a device, a dtype)
     are checked when the model is called. TypeError if model is no torch.nn.Module.
     """
-    _check(model)
     rows, inside = [], set()
-    for name, module in list(model.named_modules()):
-        known = _known(module)
-        if known is not None:
-            inside |= {id(part) for _, part in _parts(module, known)}
-        elif id(module) in inside or not _looks_like_attention(module):
-            continue
+    for name, module in _modules(model):
         kind = type(module).__name__
+        known = next((known for known in RECIPES if isinstance(module, known)), None)
+        if known is not None:
+            inside |= {id(part) for part in _parts(module, known).values()}
+        elif id(module) in inside or not re.search("attention|attn", kind, re.IGNORECASE):
+            continue
         why = _why_not(module, known)
-        if why:
-            rows.append(Row(name, kind, None, why))
-        else:
+        if not why:
             module.__class__ = RECIPES[known].fused
-            rows.append(Row(name, kind, type(module).__name__, ""))
+        rows.append(Row(name, kind, None if why else type(module).__name__, why))
     return Report(tuple(rows))
 
 
@@ -95,10 +88,9 @@ def unfuse(model: nn.Module) -> Report:
     What was built as a TritonFusedRCMAttention, or wrapped in a subclass since, is left.
     TypeError if model is no torch.nn.Module.
     """
-    _check(model)
     origin = {recipe.fused: known for known, recipe in RECIPES.items()}
     rows = []
-    for name, module in list(model.named_modules()):
+    for name, module in _modules(model):
         kind = type(module).__name__
         if type(module) in origin:
             module.__class__ = origin[type(module)]
@@ -123,43 +115,33 @@ class _Recipe(NamedTuple):
     fused: type[nn.Module]
     # The parts whose weights the kernels read without calling the part, and the class that
     # each must have exactly: a subclass or a stand-in (LoRA, quantised) computes more.
+    # The last is attention's output projection, which tells the head dimension.
     bypassed: dict[str, type[nn.Module]]
-    # The attention's output projection, which tells the head dimension.
-    projection: str
 
 
 RECIPES = {
-    BaselineRCMAttention: _Recipe(TritonFromBaseline, {"proj": nn.Linear}, "proj"),
-    FusedRCMAttention: _Recipe(TritonFromFused, {"proj": nn.Linear}, "proj"),
-    WanBlock: _Recipe(
-        FusedWanBlock, {"self_attn": WanSelfAttention, "self_attn.o": nn.Linear}, "self_attn.o"
-    ),
+    BaselineRCMAttention: _Recipe(TritonFromBaseline, {"proj": nn.Linear}),
+    FusedRCMAttention: _Recipe(TritonFromFused, {"proj": nn.Linear}),
+    WanBlock: _Recipe(FusedWanBlock, {"self_attn": WanSelfAttention, "self_attn.o": nn.Linear}),
 }
 FUSED = (TritonFusedRCMAttention, *(recipe.fused for recipe in RECIPES.values()))
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def _known(module: nn.Module) -> type[nn.Module] | None:
-    """The class of RECIPES that module is or inherits from."""
-    return next((known for known in RECIPES if isinstance(module, known)), None)
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
 
 
-def _looks_like_attention(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    return "attention" in name or "attn" in name
+def _parts(module: nn.Module, known: type[nn.Module]) -> dict[str, nn.Module | None]:
+    """What a fused forward would bypass, by its name; None where it is missing."""
+    inner = dict(module.named_modules(remove_duplicate=False))
+    return {name: inner.get(name) for name in RECIPES[known].bypassed}
 
 
-def _parts(module: nn.Module, known: type[nn.Module]):
-    """(name, module or None) of what a fused forward would bypass."""
-    for name in RECIPES[known].bypassed:
-        try:
-            yield name, module.get_submodule(name)
-        except AttributeError:
-            yield name, None
-
-
-def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str | None:
-    """Why this module keeps its forward; None if nothing stands against a fused one."""
+def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str:
+    """Why this module keeps its forward; empty if nothing stands against a fused one."""
     if type(module) in FUSED:
         return "it is fused already"
     if type(module) is WanSelfAttention:
@@ -170,35 +152,24 @@ def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str | None:
         return f"a subclass of {known.__name__} may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    recipe = RECIPES[known]
-    for name, part in _parts(module, known):
-        why = _why_not_bypass(name, part, recipe.bypassed[name])
-        if why:
-            return why
+    for name, part in _parts(module, known).items():
+        expected = RECIPES[known].bypassed[name]
+        if type(part) is not expected:
+            came = "missing" if part is None else f"a {type(part).__name__}"
+            return f"{name} is {came}, not a plain {expected.__name__}"
+        if any(getattr(part, hooks) for hooks in HOOKS):
+            return f"a hook on {name} would no longer run"
+        if "forward" in vars(part):
+            return f"{name}.forward was replaced on the instance"
+        if expected is nn.Linear and type(part.weight) not in (nn.Parameter, Tensor):
+            return f"{name}.weight is a {type(part.weight).__name__}, not a plain tensor"
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.dtype not in DTYPES:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             return f"{name} is {parameter.dtype}, the kernels take {allowed}"
-    owner = module.get_submodule(recipe.projection.rpartition(".")[0])
-    head_dim = module.get_submodule(recipe.projection).in_features // owner.num_heads
+    projection = list(RECIPES[known].bypassed)[-1]
+    attention = module.get_submodule(projection.rpartition(".")[0])
+    head_dim = module.get_submodule(projection).in_features // attention.num_heads
     if head_dim not in HEAD_DIMS:
         return f"head dimension {head_dim}, the kernels take {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
-    return None
-
-
-def _why_not_bypass(name: str, part: nn.Module | None, expected: type[nn.Module]) -> str | None:
-    if type(part) is not expected:
-        came = "missing" if part is None else f"a {type(part).__name__}"
-        return f"{name} is {came}, not a plain {expected.__name__}"
-    if any(getattr(part, hooks) for hooks in HOOKS):
-        return f"a hook on {name} would no longer run"
-    if "forward" in vars(part):
-        return f"{name}.forward was replaced on the instance"
-    if expected is nn.Linear and type(part.weight) not in (nn.Parameter, Tensor):
-        return f"{name}.weight is a {type(part.weight).__name__}, not a plain tensor"
-    return None
-
-
-def _check(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return ""

@@ -19,13 +19,12 @@ from rcmlib.measure.implementations import (
     IMPLEMENTATIONS,
     TWO_PASS,
     Inputs,
+    Run,
     attention_inputs,
     implementation,
     installed,
 )
 from rcmlib.measure.records import fastest, spread_ms
-
-Run = Callable[[], object]
 
 # Variants of one kernel are chapter 11's subject, and stay out of the comparison.
 PEERS = tuple(
@@ -131,8 +130,7 @@ def benchmark_shape(
 def distance(inputs: Inputs) -> Callable[[str, torch.Tensor], float]:
     """A function of a label and its result: the relative L2 error on three query rows.
 
-    Against float64. A row of attention depends on its own query only, so three stand for
-    all, at any length.
+    Against float64. A row depends on its own query only, so three stand for all.
     """
     q, k, v, x, c_skip, c_out = inputs
     tokens = q.shape[2]
@@ -196,7 +194,8 @@ def table(case: dict) -> str:
     ± is half the distance between the 10th and 90th percentiles. The ratio says how many times
     as fast as the strongest two-pass pipeline an implementation is: below 1, it is slower.
     """
-    sizes = " ".join(f"{k}={v}" for k, v in case.items() if _is_size(k, v))
+    sizes = {k: v for k, v in case.items() if isinstance(v, int) or k == "dtype"}
+    sizes = " ".join(f"{k}={v}" for k, v in sizes.items() if k not in ("seed", "flop"))
     rows = _time_rows(case) if case["results"] else _error_rows(case)
     width = max(len(row[0]) for row in rows)
     used = [i for i in range(1, len(rows[0])) if any(row[i] for row in rows[1:])]
@@ -206,10 +205,6 @@ def table(case: dict) -> str:
     for label, why in case.get("failed", {}).items():
         lines.append(f"  {label:{width}}  not timed: {why}")
     return "\n".join(lines)
-
-
-def _is_size(key: str, value) -> bool:
-    return isinstance(value, int) and key not in ("seed", "flop") or key == "dtype"
 
 
 def _time_rows(case: dict) -> list[list[str]]:

@@ -5,10 +5,9 @@
     call = Call("rcmlib.attention.forward.attention_forward", (q, k, v, x, c, c, 0.125, False))
     compile_calls([call])[0]["attention_kernel"].ptx
 
-The launcher plans for the target, and each kernel that it would launch is compiled instead. In
-a separate process, because in this one the kernels may belong to the interpreter. NVIDIA's
-assembler, which comes with Triton, counts registers and spills.
-`python -m rcmlib.measure.compile` is that other process: pickled calls in, results out.
+The launcher plans for the target, and each kernel that it would launch is compiled instead, in
+a separate process: in this one the kernels may belong to the interpreter. NVIDIA's assembler,
+which comes with Triton, counts registers and spills.
 """
 
 import importlib
@@ -58,17 +57,20 @@ def compile_calls(
 def _in_another_process(share) -> list[dict[str, Compiled]]:
     path = os.pathsep.join(filter(None, sys.path))  # where this process found its modules
     done = subprocess.run(
-        [sys.executable, "-m", "rcmlib.measure.compile"],
+        [sys.executable, "-c", f"from {__name__} import _compile_share; _compile_share()"],
         input=pickle.dumps(share),
         capture_output=True,
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
     )
     if done.returncode:
         raise RuntimeError(f"the compilation failed:\n{done.stderr.decode()[-4000:]}")
-    return [
-        {name: Compiled(*fields) for name, fields in kernels.items()}
-        for kernels in pickle.loads(done.stdout)
-    ]
+    return pickle.loads(done.stdout)
+
+
+def _compile_share() -> None:
+    """What that other process does: pickled calls in, results out."""
+    results = _compile(*pickle.load(sys.stdin.buffer))
+    sys.stdout.buffer.write(pickle.dumps(results))
 
 
 class _Driver:
@@ -88,7 +90,7 @@ class _Driver:
         return 0
 
 
-def _compile(calls: Sequence[Call], wanted: str | None) -> list[dict[str, tuple]]:
+def _compile(calls: Sequence[Call], wanted: str | None) -> list[dict[str, Compiled]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -103,7 +105,7 @@ def _compile(calls: Sequence[Call], wanted: str | None) -> list[dict[str, tuple]
         if wanted in (None, kernel.__name__):
             compiled = launch(kernel, *args, grid=grid, warmup=True, **constants)
             ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-            found[kernel.__name__] = (ptx, *_assemble(ptx, gpu.capability), shared)
+            found[kernel.__name__] = Compiled(ptx, *_assemble(ptx, gpu.capability), shared)
 
     JITFunction.run = compile_only
     done = []
@@ -135,8 +137,3 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
         raise RuntimeError(done.stderr)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
     return int(re.search(r"Used (\d+) registers", done.stderr).group(1)), spilled
-
-
-if __name__ == "__main__":
-    results = _compile(*pickle.load(sys.stdin.buffer))
-    sys.stdout.buffer.write(pickle.dumps(results))

@@ -4,8 +4,7 @@
     out = run()  # [B, N, H·D]
 
 What is known about one stands in its row of IMPLEMENTATIONS, where suites, ledger, roofline and
-figures read it. Each is built when it is asked for: nothing is compiled or allocated for the
-others.
+figures read it. It is built when it is asked for: nothing is compiled for the others.
 """
 
 import importlib.util
@@ -168,32 +167,20 @@ FUSED_8 = ("8-bit attention + skip", "q8 k8 v8 x", "out")
 # q, k and v are views of a packed QKV, of which torch.matmul makes contiguous copies.
 # S, scaled and P are the N×N matrices, in q's dtype.
 NAIVE = (
-    ("copy q", "q", "q2"),
-    ("copy k", "k", "k2"),
-    ("q kᵀ", "q2 k2", "S"),
-    ("scale", "S", "scaled"),
-    ("softmax", "scaled", "P"),
-    ("copy v", "v", "v2"),
-    ("P v", "P v2", "F2"),
-    ("merge heads", "F2", "F"),
-)
+    ("copy q", "q", "q2"), ("copy k", "k", "k2"), ("q kᵀ", "q2 k2", "S"),
+    ("scale", "S", "scaled"), ("softmax", "scaled", "P"), ("copy v", "v", "v2"),
+    ("P v", "P v2", "F2"), ("merge heads", "F2", "F"),
+)  # fmt: skip
 QUANTISE = (
-    ("mean of k", "k", ""),
-    ("q to INT8", "q", "q8"),
-    ("k to INT8", "k", "k8"),
-    ("mean and range of v", "v", ""),
-    ("v to FP8", "v", "v8"),
-)
+    ("mean of k", "k", ""), ("q to INT8", "q", "q8"), ("k to INT8", "k", "k8"),
+    ("mean and range of v", "v", ""), ("v to FP8", "v", "v8"),
+)  # fmt: skip
 # SageAttention 1.0.6: k loses its mean in place, v becomes float16, F comes as [B, H, N, D].
 SAGE1 = (
-    ("mean of k", "k", ""),
-    ("k - mean", "k", "k"),
-    ("v to float16", "v", "v16"),
-    ("q to INT8", "q", "q8"),
-    ("k to INT8", "k", "k8"),
-    ("8-bit attention", "q8 k8 v16", "F2"),
-    ("merge heads", "F2", "F"),
-)
+    ("mean of k", "k", ""), ("k - mean", "k", "k"), ("v to float16", "v", "v16"),
+    ("q to INT8", "q", "q8"), ("k to INT8", "k", "k8"),
+    ("8-bit attention", "q8 k8 v16", "F2"), ("merge heads", "F2", "F"),
+)  # fmt: skip
 
 
 # ---- the table ----
@@ -268,8 +255,7 @@ def installed(labels: Iterable[str]) -> list[str]:
 def implementation(label: str, inputs: Inputs) -> Run:
     """The implementation of this label on these inputs: a call that returns [B, N, H·D].
 
-    Building it allocates what it needs before it is timed (8-bit copies for sage_kernel_*);
-    the first call compiles. KeyError for an unknown label; what an implementation does not
+    The first call compiles. KeyError for an unknown label; what an implementation does not
     support, it says in its own error, here or when it is called.
     """
     return IMPLEMENTATIONS[label].build(inputs)

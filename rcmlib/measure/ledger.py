@@ -5,9 +5,8 @@
     hbm(passes, 50 * 2**20)   # bytes, when an L2 cache of 50 MiB keeps what it can
 
 Left out, at most a thirty-second of a tensor each: what has one number a row or fewer (scales,
-means, log-sum-exps, coefficients), and padding. Within one attention kernel k and v are read
-by every tile of queries; the ledger takes it that those repeats find them in L2. Chapter 2
-derives the counts, and chapter 12 holds them against the hardware's counters.
+means, log-sum-exps, coefficients), and padding. The repeated reads of k and v within a kernel
+are taken to find them in L2. Chapter 2 derives the counts, chapter 12 tries them.
 """
 
 from typing import NamedTuple

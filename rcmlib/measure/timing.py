@@ -9,7 +9,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +21,6 @@ L2_BYTES = 256 << 20  # larger than any GPU's L2
 BUDGET_MS = 1000.0
 LEAST_SAMPLES = 5
 LONG_MS = 50.0  # from here on one warm-up call after the first is enough
-
-Result = TypeVar("Result")
 
 
 class Timing(NamedTuple):
@@ -63,10 +61,9 @@ def compare(
 ) -> dict[str, Timing]:  # fmt: skip
     """Times several functions in turn, `rounds` times, each round in another order.
 
-    A GPU under load warms up and lowers its clock: in a fixed order, the last function would
-    pay for it. Before each call the L2 cache is overwritten, as in a model where other
-    layers ran in between. rounds × repeats samples a function, fewer for one whose samples
-    would take longer than budget_ms (see `sample_count`).
+    A GPU under load lowers its clock: in a fixed order, the last function would pay for it.
+    Before each call L2 is overwritten, as in a model where other layers ran in between.
+    rounds × repeats samples a function, fewer where they would take longer than budget_ms.
     A function that raises is named in `failed` with its reason, and the others go on; without
     `failed` the error is raised. RuntimeError without a CUDA device.
     """
@@ -123,13 +120,8 @@ def peak_bytes(fn: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def attempt(
-    action: Callable[[], Result], name: str, failed: dict[str, str] | None
-) -> Result | None:
-    """action's result. If it raises: None, the reason in failed[name], its memory freed.
-
-    Without `failed` the error is raised.
-    """
+def attempt(action: Callable, name: str, failed: dict[str, str] | None):
+    """action's result. If it raises: None, and the reason in failed[name] (None: raised)."""
     try:
         return action()
     except Exception as error:

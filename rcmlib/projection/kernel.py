@@ -18,14 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from rcmlib.core import (
-    copy_engine,
-    device_capability,
-    dot_precision,
-    interpreting,
-    launch,
-    multiprocessors,
-)
+from rcmlib import core
+from rcmlib.core import launch
 from rcmlib.core.epilogue import load_coefficient, skip_epilogue
 from rcmlib.projection.gate import gate_strides, load_gate
 
@@ -77,9 +71,8 @@ def load_block(src, b, row, k, rows, depth, strides, ROWS: tl.constexpr,
                HOW: tl.constexpr):  # fmt: skip
     """src[b, row : row + ROWS, k : k + block_k], with zeros beyond column `depth`.
 
-    With HOW.tma the copy engine computes addresses and bounds. HOW.ragged says that columns
-    may lie beyond `depth`. What stands in rows beyond `rows` does not matter: results of these
-    rows are not stored.
+    HOW.ragged says that columns may lie beyond it. What stands in rows beyond `rows` does not
+    matter: results of these rows are not stored.
     """
     K: tl.constexpr = HOW.block_k
     if HOW.tma:
@@ -210,20 +203,19 @@ def choose_projection_tile(
 ) -> ProjectionTile:
     """The tile for a [rows, depth] × [depth, cols] product on a GPU of this architecture.
 
-    gated: c_out is a tile, which wants registers.
-
-    Every line compiles without spills (tests/test_compilation.py); sm_90's were measured
-    (chapter 8). float32 uses the ordinary FMA units, for IEEE products, and keeps its
-    operands in registers. Where rows of memory do not start at multiples of 16 numbers, each
-    number is a load with an address of its own, and the tile is small.
+    gated: c_out is a tile, which wants registers. Every line compiles without spills
+    (tests/test_compilation.py); sm_90's were measured (chapter 8). float32 uses the ordinary
+    FMA units, for IEEE products, and keeps its operands in registers. Where rows of memory do
+    not start at multiples of 16 numbers, each number is a load with an address of its own, and
+    the tile is small.
     """
-    if interpreting():  # it pays by the step, not by the number
+    if core.interpreting():  # it pays by the step, not by the number
         return ProjectionTile(128, 128, 128, num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return ProjectionTile(64, 64, 16, num_warps=8, num_stages=2)
     if cols % 16 or depth % 16:
         return ProjectionTile(64, 64, 32, num_warps=8, num_stages=3)
-    if copy_engine(dtype, capability):
+    if core.copy_engine(dtype, capability):
         # Large tiles read less. But with fewer than two of them an SM, some SMs idle: then
         # smaller ones, and if the product is short, three on an SM, one of which
         # multiplies while another ends.
@@ -243,17 +235,17 @@ def projection_plan(a, weight, x, gate: torch.Tensor | None, per_sample: bool) -
     batch, rows, depth = a.shape
     cols = weight.shape[0]
     rank = int(per_sample) if gate is None else gate.ndim
-    capability = device_capability(a.device)
+    capability = core.device_capability(a.device)
     tile = choose_projection_tile(batch * rows, cols, depth, rank > 1, a.dtype, capability)
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     sources = a[:, None], weight[None, None]
-    tma = copy_engine(a.dtype, capability) and launch.descriptors_allowed(*sources)
+    tma = core.copy_engine(a.dtype, capability) and launch.descriptors_allowed(*sources)
     tiles = batch * triton.cdiv(rows, m) * triton.cdiv(cols, n)
     if tile.persistent:
-        tiles = min(tiles, multiprocessors(a.device) or tiles)
+        tiles = min(tiles, core.multiprocessors(a.device) or tiles)
     how = ProjectionVariant(
         **vars(tile), tma=tma, ragged=depth % k != 0, c_out_rank=rank,
-        precision=dot_precision(a.dtype),
+        precision=core.dot_precision(a.dtype),
     )  # fmt: skip
     strides = (
         a.stride()[:2], (0, weight.stride(0)), x.stride()[:2],

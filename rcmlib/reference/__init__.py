@@ -87,8 +87,7 @@ def rcm_attention_backward(
     compute (Dao 2023, FlashAttention-2, algorithm 2, with the skip around it).
     """
     q, k, v, x, g = (a.double() for a in (q, k, v, x, g))
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     g_heads = g.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
     p = probabilities(q, k, scale, is_causal)
     f = p @ v

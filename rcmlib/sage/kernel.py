@@ -230,10 +230,7 @@ def sage_attention_kernel(q, k, v, q_scale, k_scale, v_top, v_mean, bias, x, out
 def sage_attention_forward(
     q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv
 ) -> torch.Tensor:
-    """Quantises and attends, on checked inputs (see `rcmlib.rcm_sage_attention`).
-
-    c_skip, c_out: two floats or two [B].
-    """
+    """Quantises and attends, on checked inputs; c_skip, c_out: two floats or two [B]."""
     kind = "sage_attention" if x is None else "rcm_sage_attention"
     options = (is_causal, smooth_q, smooth_k, smooth_v, pv)
     key = launch.key_of(kind, (q, k, v, x, c_skip, c_out), *options)

@@ -1,8 +1,7 @@
 """8-bit copies of q, k and v, as kernel.py wants them.
 
-    int8:  t ≈ scale·(round(t / scale)),  scale = max|t| / 127        (q and k; a scale a group
-                                                                       of neighbouring tokens)
-    E4M3:  v ≈ scale·(fp8(v / scale)),    scale = max|v| / limit      (a scale a channel)
+    int8:  t ≈ scale·(round(t / scale)),  scale = max|t| / 127      (q, k; of a group of tokens)
+    E4M3:  v ≈ scale·(fp8(v / scale)),    scale = max|v| / limit    (v; of a channel)
 
 t, v [B, H, N, D], any strides with a contiguous last dimension. The copies are padded with
 zeros to whole tiles, [B, H, ⌈N⌉, BLOCK_D], so that the attention kernel needs no mask to read
@@ -137,9 +136,8 @@ def quantize_int8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 [B, H, ⌈N⌉, BLOCK_D], float32 scales·factor [B, H, ⌈N⌉ / group]) of t − mean.
 
-    group: tokens that share a scale, a power of two up to 128: 1 (per token), 32 or 64 (per
-    warp or warp group of the attention kernel), 128 (per block). `factor` is for q: it takes
-    the softmax's scale and log2 e along for free.
+    group: tokens that share a scale, a power of two up to 128 (1: per token). `factor` is for
+    q: it takes the softmax's scale and log2 e along for free.
     """
     batch, heads, length, dim = t.shape
     padded = padded_length(length)
