@@ -12,7 +12,7 @@ GITHUB = "https://github.com/someone/a-book"
 
 @pytest.fixture
 def address(monkeypatch):
-    pytest.importorskip("sphinx")
+    pytest.importorskip("sphinx.errors")  # a GPU host without the book has none
     from tools import address
 
     monkeypatch.delenv("BOOK_URL", raising=False)

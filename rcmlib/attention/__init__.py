@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rcmlib.core import check_device, checks, gradients
+from rcmlib.core import check_device, checks, gradients, load
 from rcmlib.core.launch import call_key, known, run_on_device
 
 HEAD_DIMS = range(16, 257)
@@ -57,9 +57,10 @@ def attention(
 
 def _call(kind: str, arguments: tuple, scale: float | None, is_causal: bool) -> Tensor:
     plan = known(call_key(kind, arguments, is_causal, False))
-    q, k, v, x, *c = arguments
     if plan is not None:
-        return _launch(*arguments, check_scale(scale, q), is_causal, plan=plan)[0]
+        scale = check_scale(scale, arguments[0])
+        return _launch(*arguments, scale, is_causal, plan=plan)[0]
+    q, k, v, x, *c = arguments
     q, k, v = checks.autocast(q, k, v)
     check_attention(q, k, v, is_causal)
     scale = check_scale(scale, q)
@@ -78,8 +79,8 @@ def check_attention(q, k, v, is_causal) -> None:
         checks.like(name, t, "q", q)
     batch, heads, _, head_dim = q.shape
     kv_shape = (batch, heads, k.shape[2], head_dim)
-    checks.shape("k", k, "be [B, H, Nkv, D] with q's B, H, D =", kv_shape)
-    checks.shape("v", v, "have k's shape", kv_shape)
+    checks.shape("k", k, ("be [B, H, Nkv, D] with q's B, H, D =", kv_shape))
+    checks.shape("v", v, ("have k's shape", kv_shape))
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[-1]:  # `in` breaks on a SymInt
         raise ValueError(
             f"q must have a head dimension of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {head_dim}"
@@ -106,7 +107,7 @@ def check_attention_residual(x, q) -> None:
     checks.tensor("x", x, rank=3)
     checks.residual("x", x, "q", q)
     batch, heads, q_len, head_dim = q.shape
-    checks.shape("x", x, "be [B, Nq, H*D] =", (batch, q_len, heads * head_dim))
+    checks.shape("x", x, ("be [B, Nq, H*D] =", (batch, q_len, heads * head_dim)))
     checks.contiguous_rows("x", x)
 
 
@@ -124,8 +125,7 @@ def _attention(
 
 
 def _launch(q, k, v, x, c_skip, c_out, scale, is_causal, save=False, plan=None) -> tuple:
-    from rcmlib.attention.forward import attention_forward
-
+    attention_forward = load("rcmlib.attention.forward").attention_forward
     dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
     arguments = (q, k, v, x, c_skip, c_out, scale, is_causal, save, plan)
     return run_on_device(attention_forward, dtypes, *arguments)
@@ -164,8 +164,7 @@ def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
     c_out: Tensor, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from rcmlib.attention.backward import attention_backward
-
+    attention_backward = load("rcmlib.attention.backward").attention_backward
     arguments = (*checks.as_launched(c_out), scale, is_causal)
     return run_on_device(
         attention_backward, [q.dtype] * 3, grad, q, k, v, lse, delta, *arguments

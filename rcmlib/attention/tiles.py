@@ -25,7 +25,6 @@ def choose_tile(
 
     tma: the copy engine reads q, k and v, where that pays (`copy_engine`). pairs: a program
     may own two blocks of rows. long: there are more than SHORT keys.
-
     Weights relative to a fixed maximum may be as large as 2¹²⁰: float16 cannot hold them, and
     for sm_100 Triton 3.6 does not compile the check of their sums. float32 uses the ordinary
     FMA units, for IEEE products, and keeps its operands in registers, so its tiles are small.

@@ -19,6 +19,9 @@ def set_interpreter_default() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+load = functools.cache(importlib.import_module)  # the file of a kernel, when it is launched
+
+
 @functools.cache  # fixed when Triton is imported, and asked at every launch
 def interpreting() -> bool:
     """Does Triton's interpreter run the kernels of this process? Imports Triton."""

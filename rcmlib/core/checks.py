@@ -43,11 +43,11 @@ def _same_device(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
         )
 
 
-def shape(name: str, t: Tensor, what: str, *allowed: tuple) -> None:
-    """ValueError that says `what` t must be, unless it has one of the allowed shapes."""
-    if t.shape not in allowed:
-        shapes = " or ".join(str(list(a)) for a in allowed)
-        raise ValueError(f"{name} must {what} {shapes}, got {dims(t)}")
+def shape(name: str, t: Tensor, *allowed: tuple[str, tuple]) -> None:
+    """ValueError unless t has one of these shapes, each behind the words that t must …"""
+    if t.shape not in [a for _, a in allowed]:
+        must = " or ".join(f"{what} {list(a)}" for what, a in allowed)
+        raise ValueError(f"{name} must {must}, got {dims(t)}")
 
 
 def contiguous_rows(name: str, t: Tensor) -> None:

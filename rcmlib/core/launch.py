@@ -71,16 +71,19 @@ def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
         elif kind_of_a is not float and a is not None:
             return None
     try:
-        key = key_of(kind, arguments, *options)
-        hash(key)  # TypeError for an option that has none
-        return key
-    except (RuntimeError, TypeError):  # a tensor without strides, or memory of its own
+        return key_of(kind, arguments, *options)
+    except RuntimeError:  # a tensor without strides, or without memory of its own
         return None
 
 
 def known(key: tuple | None):
     """The plan under this key, None if there is none. Without a key no cache is looked at."""
-    return None if key is None else PLANS.get(key)
+    if key is None:
+        return None
+    try:
+        return PLANS.get(key)
+    except TypeError:  # an option that cannot be hashed
+        return None
 
 
 def planned(key: tuple, make: Callable[[], object]):
@@ -148,8 +151,8 @@ class Plan:
         self.rest = (*numbers, *(constants[n] for n in names if n in constants))
 
     def launch(self, *tensors) -> None:
-        """tensors: the kernel's first arguments; tensors, None, and floats, on whose values
-        Triton never specialises. On the current stream of the current device."""
+        """On the current stream and device. tensors: the kernel's first arguments: tensors,
+        None, and floats, on whose values Triton never specialises."""
         if self.boxes:
             described = map(_descriptor_class(), tensors, self.boxes)
             tensors = (*described, *tensors[len(self.boxes) :])

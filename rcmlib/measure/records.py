@@ -1,7 +1,6 @@
 """Measurement records: JSON files with the numbers, and where they come from.
 
-Every measured number in the book is read from one of these, so a reader can trace it to a
-machine, a driver and a commit. `python -m benchmarks` writes them.
+`python -m benchmarks` writes them. Each names its machine, its driver and its commit.
 """
 
 import json

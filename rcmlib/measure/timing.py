@@ -133,7 +133,7 @@ def attempt(action: Callable, name: str, failed: dict[str, str] | None):
 
 
 def free() -> None:
-    """Between two cases: forgets what the last one compiled and allocated."""
+    """Forgets what the last case compiled and allocated."""
     torch.compiler.reset()
     _release()
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rcmlib.core import check_device, checks, gradients
+from rcmlib.core import check_device, checks, gradients, load
 from rcmlib.core.launch import call_key, known, run_on_device
 
 
@@ -56,7 +56,7 @@ def gated_projection(
     _check_projection(a, weight, bias, x)
     checks.tensor("gate", gate, rank=None)
     checks.residual("gate", gate, "a", a)
-    checks.shape("gate", gate, "be [B, C] or [B, N, C] =", x.shape[::2], x.shape)
+    checks.shape("gate", gate, ("be [B, C] =", x.shape[::2]), ("[B, N, C] =", x.shape))
     checks.contiguous_rows("gate", gate)
     return _project(a, weight, bias, x, checks.constant(1.0), gate)
 
@@ -72,15 +72,18 @@ def _check_projection(a, weight, bias, x) -> None:
     checks.tensor("a", a, rank=3)
     checks.tensor("weight", weight, rank=2)
     checks.like("weight", weight, "a", a)
-    cols = weight.shape[0]
-    checks.shape("weight", weight, "be [C, K] with a's K =", (cols, a.shape[2]))
+    cols, depth = weight.shape[0], a.shape[2]
+    if weight.shape[1] != depth:
+        raise ValueError(
+            f"weight must be [C, K] with a's K = {depth}, got {checks.dims(weight)}"
+        )
     if bias is not None:
         checks.tensor("bias", bias, rank=1)
         checks.like("bias", bias, "a", a)
-        checks.shape("bias", bias, "be None or [C] =", (cols,))
+        checks.shape("bias", bias, ("be None or [C] =", (cols,)))
     checks.tensor("x", x, rank=3)
     checks.residual("x", x, "a", a)
-    checks.shape("x", x, "be [B, N, C] =", (*a.shape[:2], cols))
+    checks.shape("x", x, ("be [B, N, C] =", (*a.shape[:2], cols)))
     for name, t in (("a", a), ("weight", weight), ("bias", bias), ("x", x)):
         if t is not None:
             checks.contiguous_rows(name, t)
@@ -103,8 +106,7 @@ def _projection(
 def _launch_projection(
     a, weight, bias, x, c_skip, c_out, save_f, plan
 ) -> tuple[Tensor, Tensor]:
-    from rcmlib.projection.kernel import projection_forward
-
+    projection_forward = load("rcmlib.projection.kernel").projection_forward
     arguments = (a, weight, bias, x, c_skip, c_out, save_f, plan)
     return run_on_device(projection_forward, (x.dtype, a.dtype), *arguments)
 
@@ -118,8 +120,7 @@ def _(a, weight, bias, x, c_skip, c_out, save_f):
 def _gate_backward(
     grad: Tensor, f: Tensor | None, gate: Tensor, df_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    from rcmlib.projection.gate import gate_backward
-
+    gate_backward = load("rcmlib.projection.gate").gate_backward
     dtypes = (df_dtype or grad.dtype, gate.dtype)
     return run_on_device(gate_backward, dtypes, grad, f, gate, df_dtype)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rcmlib.attention import check_attention, check_attention_residual, check_scale
-from rcmlib.core import check_device, checks, device_capability, gradients
+from rcmlib.core import check_device, checks, device_capability, gradients, load
 from rcmlib.core.launch import call_key, known, run_on_device
 
 # The number formats of p v, best first for GPUs that have FP8.
@@ -109,8 +109,7 @@ def _sage_attention(
 
 
 def _launch_sage(q, k, v, x, *arguments) -> Tensor:
-    from rcmlib.sage.kernel import sage_attention_forward
-
+    sage_attention_forward = load("rcmlib.sage.kernel").sage_attention_forward
     dtype = q.dtype if x is None else x.dtype
     return run_on_device(sage_attention_forward, [dtype], q, k, v, x, *arguments)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rcmlib.core import check_device, checks, gradients
+from rcmlib.core import check_device, checks, gradients, load
 from rcmlib.core.launch import call_key, known, run_on_device
 
 
@@ -25,7 +25,7 @@ def rcm_skip(x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor
     for name, t in (("x", x), ("f", f)):
         checks.tensor(name, t, rank=None)
     checks.residual("x", x, "f", f)
-    checks.shape("f", f, "have x's shape", x.shape)
+    checks.shape("f", f, ("have x's shape", x.shape))
     checked = checks.coefficients(c_skip, c_out, x)
     training = gradients.wants_grad(x, f, *checked)
     if not training and x.is_contiguous() and f.is_contiguous():  # no need of views
@@ -65,8 +65,7 @@ def _skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
 
 
 def _launch_skip(x, f, c_skip, c_out, plan) -> Tensor:
-    from rcmlib.skip.kernel import skip_forward
-
+    skip_forward = load("rcmlib.skip.kernel").skip_forward
     return run_on_device(skip_forward, [x.dtype], x, f, c_skip, c_out, plan)
 
 
@@ -80,8 +79,7 @@ def _skip_backward(
     grad: Tensor, x: Tensor | None, f: Tensor | None, c_skip: Tensor, c_out: Tensor,
     width: int | None, dx_dtype: torch.dtype | None, df_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from rcmlib.skip.kernel import skip_backward
-
+    skip_backward = load("rcmlib.skip.kernel").skip_backward
     dtypes = (dx_dtype or grad.dtype, df_dtype or grad.dtype, *[torch.float32] * 2)
     c = checks.as_launched(c_skip, c_out)
     return run_on_device(skip_backward, dtypes, grad, x, f, *c, width, dx_dtype, df_dtype)
@@ -89,8 +87,7 @@ def _skip_backward(
 
 @torch.library.register_fake("rcmlib::skip_backward")
 def _(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype):
-    from rcmlib.skip.kernel import skip_results
-
+    skip_results = load("rcmlib.skip.kernel").skip_results
     return skip_results(grad, x, f, width, dx_dtype, df_dtype)
 
 
