@@ -35,7 +35,7 @@ class Sums(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the epilogue reads and writes, [B, Nq, H·D] all but lse."""
+    """What the epilogue needs: x, out, saved_f [B, Nq, H·D]; c_skip, c_out numbers or [B]."""
 
     x: tl.tensor  # None: attention alone
     x_strides: tl.tuple  # between samples and tokens
@@ -166,7 +166,7 @@ def load_residual(to, at, channel, M: tl.constexpr, COLS: tl.constexpr, HOW: tl.
 @triton.jit
 def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
                      heads, q_len, kv_len, strides, HOW: tl.constexpr):  # fmt: skip
-    """strides: q's, k's, v's (samples, heads, rows), x's (samples, tokens)."""
+    """strides: q's, k's, v's (samples, heads, rows), x's (samples, tokens). HOW: a Variant."""
     M: tl.constexpr = HOW.block_m
     BLOCK_D: tl.constexpr = HOW.block_d
     ROWS: tl.constexpr = 2 * M if HOW.two else M
@@ -217,7 +217,7 @@ def attention_plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor | None,
     per_sample: bool, is_causal: bool, tile: launch.Tile | None = None,
 ) -> launch.Plan:  # fmt: skip
-    """The launch of `attention_kernel` for tensors like these, with this tile or its own."""
+    """The launch of `attention_kernel` for tensors like these; tile: instead of the chosen."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)

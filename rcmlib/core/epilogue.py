@@ -1,4 +1,4 @@
-"""The skip, as one jit function that every kernel calls before it stores its tile.
+"""The skip, as one jit function that every forward kernel calls before it stores its tile.
 
     out = c_skip·x + c_out·f               (the f_θ of rCM, arXiv 2510.08431, and of EDM)
 

@@ -1,8 +1,8 @@
 """Launches: planned once for each layout of their tensors, kept in one cache, and repeated.
 
-Grid, tile, strides and the compiled kernel follow from the tensors' layouts alone. Working
-them out takes longer than everything else in a call together. So a launcher keeps its plans
-(`PLANS`) under a key that holds all a launch depends on (`key_of`).
+Grid, tile, strides and the compiled kernel follow from the tensors' layouts and a few options.
+Working them out takes longer than all else in a call. So a launcher keeps its plans in `PLANS`,
+under a key that holds all a launch depends on (`key_of`).
 
 The checks of the input look at the same, none of them at the numbers in a tensor. So a call
 whose key is in the cache would pass them again, and goes straight to its plan, past checks and
@@ -49,6 +49,7 @@ def key_of(kind: str, arguments: tuple, *options) -> tuple:
 
 def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
     """The key of the launch that a public call would end in; None if it has to go there.
+    The same kind, arguments and options as the launcher's own `key_of`, or it is never found.
 
     Inside torch.compile it has to: a graph must not depend on what is known.
     """
@@ -77,7 +78,7 @@ def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
 
 
 def known(key: tuple | None):
-    """The plan under this key, None if there is none. Without a key no cache is looked at."""
+    """What a launcher keeps under this key, None if nothing. Without a key nothing is asked."""
     if key is None:
         return None
     try:
@@ -87,7 +88,7 @@ def known(key: tuple | None):
 
 
 def planned(key: tuple, make: Callable[[], object]):
-    """The plan under this key; `make` is called if there is none. It keeps no tensor."""
+    """What is kept under this key; `make` is called if nothing is. It must keep no tensor."""
     plan = PLANS.get(key)
     if plan is None:
         if len(PLANS) >= KEPT:
@@ -111,7 +112,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant(Tile):
-    """How an attention kernel is compiled: its constants, as one argument."""
+    """How an attention kernel (forward, backward, 8-bit) is compiled: its constants."""
 
     head_dim: int
     block_d: int  # head_dim, or the next power of two
@@ -119,7 +120,7 @@ class Variant(Tile):
     causal: bool
     ragged: bool  # the last tile of keys is not full
     per_sample: bool  # coefficients are [B], not numbers
-    precision: str = "tf32"  # of float32 products
+    precision: str = "tf32"  # "ieee" for float32; 16-bit products have but one
 
 
 Box = tuple[list, list, list]  # a tensor's shape and strides, and the shape of one copy
@@ -193,7 +194,7 @@ def descriptors_allowed(*tensors: Tensor) -> bool:
 
 
 def boxes_of_rows(tensors: Sequence[Tensor], rows: Sequence[int], cols: int) -> tuple[Box, ...]:
-    """Tensors [B, H, N, D], each as boxes of so many tokens of one head."""
+    """Tensors [B, H, N, D], or seen as such, each as boxes of so many rows of one head."""
     boxes = []
     for t, count in zip(tensors, rows, strict=True):
         # The stride of a dimension of size 1 is never used, but has to look aligned.
@@ -216,7 +217,7 @@ def result(like: Tensor, shape, dtype: torch.dtype | None = None, wanted=True) -
 def run_on_device(
     launcher: Callable[..., Tensor | tuple[Tensor, ...]], dtypes: Sequence[torch.dtype], *args
 ) -> Tensor | tuple[Tensor, ...]:
-    """Runs a launcher on its first argument's device. Its results get these dtypes.
+    """Runs a launcher on its first argument's device. dtypes: of the results, on a CPU.
 
     Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
     on a CPU bfloat16 inputs are computed in float32 and the results are rounded.

@@ -1,6 +1,6 @@
 """Which queries a program owns, which keys they see, and how rows reach a kernel.
 
-Used by every attention kernel: forward, backward and 8-bit.
+Used by the attention kernels; the 8-bit one has rows of its own.
 """
 
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def key_range(kv_len, first_row, ROWS: tl.constexpr, HOW: tl.constexpr):
 
 @triton.jit
 def mask_scores(s, j, first_row, kv_len, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr):
-    """s, the scores of rows first_row … and keys j …, with HIDDEN where a key is not seen."""
+    """s of rows first_row … and keys j …, scores or weights, with HIDDEN where none is seen."""
     cols = j + tl.arange(0, s.shape[1])[None, :]
     visible = cols < kv_len
     if CAUSAL:

@@ -5,7 +5,7 @@
 
 t, v [B, H, N, D], any strides with a contiguous last dimension. The copies are padded with
 zeros to whole tiles, [B, H, ⌈N⌉, BLOCK_D], so that the attention kernel needs no mask to read
-them. V is stored transposed, [B, H, BLOCK_D, ⌈N⌉], its tokens in TOKEN_ORDER.
+them. V is stored transposed, [B, H, BLOCK_D, ⌈N⌉], in `eight_bit.TOKEN_ORDER`.
 
 Smoothing subtracts a column mean first: of k, which shifts all scores of a query alike and so
 leaves the softmax as it is (SageAttention, arXiv 2410.02367); of q and v with a correction
@@ -86,7 +86,7 @@ def int8_kernel(t, mean, out, scales, factor, heads, length, padded, groups, str
 
 @triton.jit
 def token_at(position):
-    """The token stored at this position: TOKEN_ORDER within each 16."""
+    """The token stored at this position: `eight_bit.TOKEN_ORDER` within each 16."""
     # position = [quarter: 2 bits][half: 1][one: 1], token = [half][quarter][one]
     quarter, half, one = (position >> 2) & 3, (position >> 1) & 1, position & 1
     return (position & -16) | (half << 3) | (quarter << 1) | one
