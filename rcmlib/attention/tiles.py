@@ -71,7 +71,7 @@ def few_rows(blocks: int, device: torch.device) -> bool:
 def choose_backward_tiles(
     head_dim: int, dtype: torch.dtype, capability: tuple[int, int], tma: bool, is_causal: bool
 ) -> tuple[Tile, Tile]:
-    """(`dkdv_kernel`'s tile, `dq_kernel`'s), both without a register spilled anywhere.
+    """(`dkdv_kernel`'s tile, `dq_kernel`'s), both without a register spilled in a loop.
 
     Two stages also keep loop-invariant operands in shared memory, where one stage has the
     compiler hold them in registers, and spill.
