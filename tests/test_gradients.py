@@ -14,7 +14,6 @@ from tests.inputs import (
     assert_sum_close,
     gradients,
     heads,
-    poison_empty,
     torch_attention,
 )
 
@@ -206,8 +205,7 @@ def test_plain_attention_has_gradients_too(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_element_of_every_gradient_is_written(dtype, device, monkeypatch):
-    poison_empty(monkeypatch)
+def test_every_element_of_every_gradient_is_written(dtype, device, poisoned_outputs):
     for shape in SHAPES[:4]:
         inputs = heads(shape, dtype, device)
         for gradient in gradients(

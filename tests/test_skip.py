@@ -12,7 +12,6 @@ from tests.inputs import (
     assert_close,
     assert_sum_close,
     gradients,
-    poison_empty,
     torch_skip,
 )
 
@@ -51,8 +50,7 @@ def test_any_shape_will_do(shape, c):
     assert_close(out, reference.skip(x, f, c, 0.5), out)
 
 
-def test_all_channels_are_written_and_none_twice(device, monkeypatch):
-    poison_empty(monkeypatch)
+def test_all_channels_are_written_and_none_twice(device, poisoned_outputs):
     x, f = pair((2, 9, 769), torch.float32, device)
     assert torch.isfinite(rcmlib.rcm_skip(x, f, 0.5, 0.5)).all()
 
@@ -90,8 +88,7 @@ def test_at_t_zero_the_result_is_x_bit_for_bit(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_gradients_agree_with_float64(shape, dtype, device, monkeypatch):
-    poison_empty(monkeypatch)
+def test_the_gradients_agree_with_float64(shape, dtype, device, poisoned_outputs):
     x, f = pair(shape, dtype, device)
     g = pair(shape, dtype, device, seed=1)[0]
     c_skip, c_out = torch.rand(2, shape[0], dtype=torch.float64).to(device)
