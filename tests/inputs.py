@@ -43,26 +43,28 @@ def torch_skip(x, f, c_skip, c_out):
 
 
 def poison_empty(monkeypatch, byte=0xFF):
-    """torch.empty returns NaN (−1 in integers), so that an element nobody writes shows.
+    """What torch.empty and new_empty allocate is NaN (−1 in integers): an element that nobody
+    writes shows.
 
-    PyTorch calls it too, in every form and under every mode: hence a fill of the result, which
-    is an operator like any other.
+    PyTorch calls them too, in every form and under every mode: hence a fill of the result,
+    which is an operator like any other.
     """
     with torch.device("cpu"):
-        allocate = (
-            torch.empty
-        )  # here PyTorch notes, once, which functions take a device
-        allocate(0)
+        torch.empty(0)  # here PyTorch notes, once, which functions take a device
     raw = torch.full((8,), byte, dtype=torch.uint8)
     kinds = *DTYPES, torch.float64, torch.float8_e4m3fn, torch.int8, torch.int32
     poison = {kind: raw.view(kind)[0].item() for kind in kinds}
 
-    def poisoned(*size, **options):
-        out = allocate(*size, **options)
-        out.detach().fill_(poison.get(out.dtype, byte))
-        return out
+    def poisoned(allocate):
+        def allocate_poisoned(*arguments, **options):
+            out = allocate(*arguments, **options)
+            out.detach().fill_(poison.get(out.dtype, byte))
+            return out
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return allocate_poisoned
+
+    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 def torch_attention(q, k, v, x, c_skip, c_out, **options):

@@ -130,6 +130,7 @@ def test_what_a_test_allocates_is_poisoned(device):
     assert torch.empty(3, device=device).isnan().all()
     assert torch.empty((2, 3), dtype=torch.bfloat16, device=device).isnan().all()
     assert (torch.empty(3, dtype=torch.int8, device=device) == -1).all()
+    assert torch.zeros(2, device=device).new_empty(3).isnan().all()
     assert torch.empty(3, device="meta").is_meta
     with torch.device("meta"):
         assert torch.empty(3).is_meta

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rcmlib.core import check_device, checks, gradients, load
-from rcmlib.core.launch import call_key, known, run_on_device
+from rcmlib.core.launch import known, run_on_device
 
 HEAD_DIMS = range(16, 257)
 FLOAT32 = torch.finfo(torch.float32)
@@ -56,10 +56,10 @@ def attention(
 
 
 def _call(kind: str, arguments: tuple, scale: float | None, is_causal: bool) -> Tensor:
-    plan = known(call_key(kind, arguments, is_causal, False))
+    plan = known(kind, arguments, is_causal, False)
     if plan is not None:
         scale = check_scale(scale, arguments[0])
-        return _launch(*arguments, scale, is_causal, plan=plan)[0]
+        return _launch(*arguments, scale, is_causal, False, plan)[0]
     q, k, v, x, *c = arguments
     q, k, v = checks.autocast(q, k, v)
     check_attention(q, k, v, is_causal)
@@ -124,11 +124,10 @@ def _attention(
     return _launch(q, k, v, x, *c, scale, is_causal)[0]
 
 
-def _launch(q, k, v, x, c_skip, c_out, scale, is_causal, save=False, plan=None) -> tuple:
+def _launch(q, k, v, x, *arguments) -> tuple:
     attention_forward = load("rcmlib.attention.forward").attention_forward
     dtypes = (q.dtype if x is None else x.dtype, q.dtype, torch.float32)
-    arguments = (q, k, v, x, c_skip, c_out, scale, is_causal, save, plan)
-    return run_on_device(attention_forward, dtypes, *arguments)
+    return run_on_device(attention_forward, dtypes, q, k, v, x, *arguments)
 
 
 @torch.library.register_fake("rcmlib::attention")
@@ -146,7 +145,7 @@ def _attention_saving(
     """(out, f, lse). Without x, out is f, and the second result is empty."""
     check_device("q", q.device)
     c = checks.as_launched(c_skip, c_out)
-    return _launch(q, k, v, x, *c, scale, is_causal, save=True)
+    return _launch(q, k, v, x, *c, scale, is_causal, True)
 
 
 @torch.library.register_fake("rcmlib::attention_saving")

@@ -6,7 +6,7 @@ under a key that holds all a launch depends on (`key_of`).
 
 The checks of the input look at the same, none of them at the numbers in a tensor. So a call
 whose key is in the cache would pass them again, and goes straight to its plan, past checks and
-dispatcher; unless somebody wants to see it: autograd, a tracer, a profiler (`call_key`).
+dispatcher; unless somebody wants to see it: autograd, a tracer, a profiler (`known`).
 """
 
 import functools
@@ -47,9 +47,10 @@ def key_of(kind: str, arguments: tuple, *options) -> tuple:
     return (*key, *map(type, options), *options)
 
 
-def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
-    """The key of the launch that a public call would end in; None if it has to go there.
-    The same kind, arguments and options as the launcher's own `key_of`, or it is never found.
+def known(kind: str, arguments: tuple, *options):
+    """What a launcher keeps for the launch that a public call would end in; None if nothing,
+    or if the call has to go there. The same kind, arguments and options as the launcher's own
+    `key_of`, or it is never found.
 
     Inside torch.compile it has to: a graph must not depend on what is known.
     """
@@ -72,19 +73,9 @@ def call_key(kind: str, arguments: tuple, *options) -> tuple | None:
         elif kind_of_a is not float and a is not None:
             return None
     try:
-        return key_of(kind, arguments, *options)
-    except RuntimeError:  # a tensor without strides, or without memory of its own
-        return None
-
-
-def known(key: tuple | None):
-    """What a launcher keeps under this key, None if nothing. Without a key nothing is asked."""
-    if key is None:
-        return None
-    try:
-        return PLANS.get(key)
-    except TypeError:  # an option that cannot be hashed
-        return None
+        return PLANS.get(key_of(kind, arguments, *options))
+    except (RuntimeError, TypeError):
+        return None  # a tensor without strides, or without memory; an option without a hash
 
 
 def planned(key: tuple, make: Callable[[], object]):
@@ -211,7 +202,7 @@ def box_of_matrix(t: Tensor, block: list[int]) -> Box:
 
 def result(like: Tensor, shape, dtype: torch.dtype | None = None, wanted=True) -> Tensor:
     """A tensor to be filled, on like's device, in its dtype unless told. Unwanted: empty."""
-    return torch.empty(shape if wanted else (0,), dtype=dtype or like.dtype, device=like.device)
+    return like.new_empty(shape if wanted else (0,), dtype=dtype)
 
 
 def run_on_device(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rcmlib.core import check_device, checks, gradients, load
-from rcmlib.core.launch import call_key, known, run_on_device
+from rcmlib.core.launch import known, run_on_device
 
 
 def rcm_projection(
@@ -29,7 +29,7 @@ def rcm_projection(
     Specification: `rcmlib.reference.rcm_projection`. Equation: rCM, arXiv 2510.08431.
     """
     arguments = (a, weight, bias, x, c_skip, c_out)
-    plan = known(call_key("rcm_projection", arguments, False))
+    plan = known("rcm_projection", arguments, False)
     if plan is not None:
         return _launch_projection(*arguments, False, plan)[0]
     a, weight, bias = checks.autocast(a, weight, bias)
@@ -49,7 +49,7 @@ def gated_projection(
     Specification: `rcmlib.reference.gated_projection`.
     """
     arguments = (a, weight, bias, x, 1.0, gate)
-    plan = known(call_key("gated_projection", arguments, False))
+    plan = known("gated_projection", arguments, False)
     if plan is not None:
         return _launch_projection(*arguments, False, plan)[0]
     a, weight, bias = checks.autocast(a, weight, bias)

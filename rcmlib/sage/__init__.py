@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rcmlib.attention import check_attention, check_attention_residual, check_scale
 from rcmlib.core import check_device, checks, device_capability, gradients, load
-from rcmlib.core.launch import call_key, known, run_on_device
+from rcmlib.core.launch import known, run_on_device
 
 # The number formats of p v, best first for GPUs that have FP8.
 PV = ("fp8", "fp8_fp16", "fp8_short", "fp16")
@@ -59,7 +59,7 @@ def sage_attention(
 def _call(kind, arguments, scale, is_causal, smooth, pv) -> Tensor:
     q, k, v, x, *c = arguments
     options = (is_causal, *smooth.values(), _check_pv(pv, q))
-    if known(call_key(kind, arguments, *options)) is not None:
+    if known(kind, arguments, *options) is not None:
         return _launch_sage(*arguments, check_scale(scale, q), *options)
     if gradients.wants_grad(*(a for a in arguments if isinstance(a, Tensor))):
         raise RuntimeError(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rcmlib.core import check_device, checks, gradients, load
-from rcmlib.core.launch import call_key, known, run_on_device
+from rcmlib.core.launch import known, run_on_device
 
 
 def rcm_skip(x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def rcm_skip(x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor
 
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     """
-    plan = known(call_key("rcm_skip", (x, f, c_skip, c_out)))
+    plan = known("rcm_skip", (x, f, c_skip, c_out))
     if plan is not None:
         return _launch_skip(x, f, c_skip, c_out, plan)
     for name, t in (("x", x), ("f", f)):
