@@ -17,7 +17,10 @@ import torch
 
 
 class Coefficients(NamedTuple):
-    """c_skip, c_out, c_in, c_noise: floats, or float64 tensors of t's shape and device."""
+    """c_skip, c_out, c_in, c_noise: floats, or float64 tensors of t's shape and device.
+
+    Inside torch.compile a number t gives tensors too, of shape [] on the CPU.
+    """
 
     c_skip: float | torch.Tensor
     c_out: float | torch.Tensor
@@ -79,14 +82,20 @@ def _float64(t: float | torch.Tensor, upper: float) -> torch.Tensor:
         if t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t must hold real numbers, got dtype {t.dtype}")
         return t.double()
+    # A product: a compiled graph keeps t open. Any other way it is made anew for each number.
+    return torch.ones((), dtype=torch.float64, device="cpu") * check_number(t, upper)
+
+
+def check_number(t: float, upper: float = math.inf) -> float:
+    """TypeError or ValueError unless t is a finite number from 0 to upper."""
     if isinstance(t, bool) or not isinstance(t, (int, float)):
         raise TypeError(f"t must be a number or a torch.Tensor, got {type(t).__name__}")
-    if not (0 <= t <= upper and math.isfinite(t)):
+    if not (0 <= t <= upper and t < math.inf):
         raise ValueError(f"t must be finite and in [0, {upper:.6g}], got {t}")
-    return torch.tensor(float(t), dtype=torch.float64)
+    return t
 
 
 def _like(t: float | torch.Tensor, *values: torch.Tensor) -> Coefficients:
-    if isinstance(t, torch.Tensor):
+    if isinstance(t, torch.Tensor) or torch.compiler.is_compiling():
         return Coefficients(*values)
     return Coefficients(*(value.item() for value in values))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmlib.attention import attention, rcm_attention
-from rcmlib.coefficients import Coefficients, edm
+from rcmlib.coefficients import Coefficients, check_number, edm
+from rcmlib.core.checks import why_called
 from rcmlib.projection import rcm_projection
 
 
@@ -44,11 +45,17 @@ class _RCMAttention(nn.Module):
         return packed.permute(2, 0, 3, 1, 4).unbind(0)
 
     def exact_coefficients(self, x: Tensor, t: float | Tensor) -> Coefficients:
-        """EDM's coefficients in float64: numbers, or tensors of t's shape and device."""
+        """EDM's coefficients in float64: numbers, or tensors [] or [B]."""
         if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
             raise ValueError(
                 f"t must be a number or of shape [{x.shape[0]}], got {list(t.shape)}"
             )
+        compiling = torch.compiler.is_compiling()
+        if isinstance(t, Tensor):
+            if t.ndim or compiling:
+                t = t.to(x.device)
+        elif compiling:  # on x's device, where a CUDA graph finds it
+            t = x.new_ones(x.shape[:1], dtype=torch.float64) * check_number(t)
         return edm(t, self.sigma_data)
 
     def coefficients(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +63,12 @@ class _RCMAttention(nn.Module):
         exact = self.exact_coefficients(x, t)[:2]
         c_skip, c_out = (torch.as_tensor(c, dtype=x.dtype, device=x.device) for c in exact)
         return c_skip.view(-1, 1, 1), c_out.view(-1, 1, 1)
+
+    def add_skip(self, attended: Tensor, x: Tensor, t: float | Tensor) -> Tensor:
+        """c_skip·x + c_out·proj(attended) in PyTorch; both [B, N, dim]."""
+        f = self.proj(attended)
+        c_skip, c_out = self.coefficients(x, t)
+        return c_skip * x + c_out * f
 
 
 class BaselineRCMAttention(_RCMAttention):
@@ -79,9 +92,7 @@ class BaselineRCMAttention(_RCMAttention):
             attended = torch.softmax(scores, dim=-1) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
-        f = self.proj(attended.transpose(1, 2).reshape(x.shape))
-        c_skip, c_out = self.coefficients(x, t)
-        return c_skip * x + c_out * f
+        return self.add_skip(attended.transpose(1, 2).flatten(2), x, t)
 
 
 class FusedRCMAttention(_RCMAttention):
@@ -107,7 +118,8 @@ class TritonFusedRCMAttention(_RCMAttention):
 
     The coefficients reach the kernels in float64, whatever x's dtype; PyTorch's modules
     round them to it. Differentiable in x, t and the parameters. Head dimensions 16 … 256;
-    float32, float16 or bfloat16, or float32 inside torch.autocast.
+    float32, float16 or bfloat16, or float32 inside torch.autocast. Where `proj` is more than a
+    plain Linear (an adapter, a hook, a quantised weight) it is called, and the skip follows.
     """
 
     def __init__(
@@ -121,12 +133,15 @@ class TritonFusedRCMAttention(_RCMAttention):
     def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
         """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
         q, k, v = self.heads(x)
-        if isinstance(t, Tensor) and t.ndim:
-            t = t.to(x.device)
+        if x.numel() == 0:
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.add_skip(attended, x, t)
         c_skip, c_out, *_ = self.exact_coefficients(x, t)
         if self.proj is None:
             return rcm_attention(q, k, v, x, c_skip, c_out)
         attended = attention(q, k, v)
+        if why_called(self.proj, nn.Linear):
+            return self.add_skip(attended, x, t)
         return rcm_projection(attended, self.proj.weight, self.proj.bias, x, c_skip, c_out)
 
 

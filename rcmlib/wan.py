@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmlib.attention import attention
+from rcmlib.core.checks import why_called
 from rcmlib.projection import gated_projection
 
 Grid = tuple[int, int, int]  # frames, height, width
@@ -161,13 +162,18 @@ class FusedWanBlock(WanBlock):
     """What `fuse` makes of a WanBlock: our attention, and its residual in o's epilogue.
 
     The same parameters and function; the gate stays in float32. `self_attn` and `self_attn.o`
-    lend their weights to the kernels and are not called themselves. The FFN's residual is
+    lend their weights to the kernels; each is called instead where it is more than it was (an
+    adapter, a hook, a quantised weight), and PyTorch does the rest. The FFN's residual is
     left to PyTorch: behind so long a product (K = 8960), an epilogue gains less than our
     product loses against cuBLAS (chapter 8).
     """
 
     def add_attention(self, x: Tensor, h: Tensor, gate: Tensor, grid: Grid) -> Tensor:
         """x + gate·o(attention(h)), the residual in o's epilogue."""
+        if not x.numel() or why_called(self.self_attn, WanSelfAttention):
+            return super().add_attention(x, h, gate, grid)
         attended = attention(*self.self_attn.heads(h, grid))
         o = self.self_attn.o
+        if why_called(o, nn.Linear):
+            return x + gate.to(x.dtype) * o(attended)
         return gated_projection(attended, o.weight, o.bias, x, gate.squeeze(1))

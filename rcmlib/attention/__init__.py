@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from rcmlib import reference
 from rcmlib.core import check_device, checks, gradients, load
 from rcmlib.core.launch import known, run_on_device
 
@@ -161,10 +162,10 @@ def _(q, k, v, x, c_skip, c_out, scale, is_causal):
 @gradients.operator
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
-    c_out: Tensor, scale: float, is_causal: bool,
+    c_out: Tensor | None, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     attention_backward = load("rcmlib.attention.backward").attention_backward
-    arguments = (*checks.as_launched(c_out), scale, is_causal)
+    arguments = (*checks.as_launched(c_out, default=1.0), scale, is_causal)
     return run_on_device(
         attention_backward, [q.dtype] * 3, grad, q, k, v, lse, delta, *arguments
     )
@@ -207,17 +208,21 @@ class _Attention(torch.autograd.Function):
         q, k, v, x, c_skip, c_out, f, lse = ctx.saved_tensors
         dx_wanted, *c_wanted = ctx.needs_input_grad[3:6]
         grad = gradients.dense_rows(grad)
-        one = checks.constant(1.0)
-        c_skip, c_out = (one if c is None else c for c in (c_skip, c_out))
-        # One pass over g: dx, the sums g·x, and δ, one number a row and head.
-        dx, _, x_dots, delta = torch.ops.rcmlib.skip_backward(
+        heads_wanted = any(ctx.needs_input_grad[:3])
+        # In float16 g, or a product with it, may overflow where c_out·g does not.
+        fold = c_out is not None and (grad.dtype != q.dtype or q.dtype == torch.float16)
+        # One pass over g: dx, c_out·g, the sums g·x, and δ, one number a row and head.
+        dx, scaled, x_dots, delta = torch.ops.rcmlib.skip_backward(
             grad, x, f, c_skip, c_out, q.shape[-1],
-            ctx.residual if dx_wanted else None, None,
+            ctx.residual if dx_wanted else None, q.dtype if fold and heads_wanted else None,
         )  # fmt: skip
         dq = dk = dv = None
-        if any(ctx.needs_input_grad[:3]):
+        if heads_wanted:
+            at = (grad, delta, c_out)
+            if fold:
+                at = (scaled, (reference.per_sample(c_out, delta) * delta).float(), None)
             dq, dk, dv = torch.ops.rcmlib.attention_backward(
-                grad.to(q.dtype), q, k, v, lse, delta, c_out, ctx.scale, ctx.is_causal
+                at[0], q, k, v, lse, *at[1:], ctx.scale, ctx.is_causal
             )
         return (
             *gradients.wanted((dq, dk, dv, dx), ctx.needs_input_grad),

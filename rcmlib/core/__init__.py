@@ -10,13 +10,20 @@ import torch
 
 
 def set_interpreter_default() -> None:
-    """Without a CUDA device, let Triton's interpreter run the kernels on the CPU.
+    """Without a GPU, let Triton's interpreter run the kernels on the CPU.
 
-    Triton decides when it is imported, so `import rcmlib` calls this first. A
-    TRITON_INTERPRET that is already set is left alone.
+    Triton decides when it is imported, so `import rcmlib` calls this first. No child process
+    inherits the choice, and counting GPUs leaves CUDA alone: a forked child may still use it.
+    Where Triton is imported already, or TRITON_INTERPRET is set, nothing changes.
     """
-    if not torch.cuda.is_available() and "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    named = "triton" in sys.modules or "TRITON_INTERPRET" in os.environ
+    if named or importlib.util.find_spec("triton") is None or torch.cuda.device_count():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"  # asked while Triton's own functions are decorated
+    try:
+        importlib.import_module("triton").knobs.runtime.interpret = True
+    finally:
+        del os.environ["TRITON_INTERPRET"]
 
 
 load = functools.cache(importlib.import_module)  # the file of a kernel, when it is launched

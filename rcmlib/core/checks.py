@@ -1,9 +1,12 @@
 """The checks of the operations' arguments, their coefficients, and autocast."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def tensor(name: str, t: Tensor, rank: int | None) -> None:
@@ -62,12 +65,14 @@ def contiguous_rows(name: str, t: Tensor) -> None:
 def coefficients(c_skip, c_out, x: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors of one shape: [B] on x's device, or 0-dimensional on the CPU.
 
-    Constants stay on the CPU, where a launch can read them without waiting for the GPU.
+    Constants stay on the CPU, where a launch can read them without waiting for the GPU; but not
+    inside torch.compile, whose CUDA graphs would keep the first call's.
     """
     c_skip = _coefficient("c_skip", c_skip, x)
     c_out = _coefficient("c_out", c_out, x)
     both = (c_skip, c_out)
-    if all(c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad for c in both):
+    constant = all(c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad for c in both)
+    if constant and not torch.compiler.is_compiling():
         return both
     wide = (c if c.ndim else c.to(x.device).expand(x.shape[0]) for c in both)
     return tuple(c.contiguous() for c in wide)
@@ -79,7 +84,9 @@ def _coefficient(name: str, c, x: Tensor) -> Tensor:
             raise TypeError(
                 f"{name} must be a number or a torch.Tensor, got {type(c).__name__}"
             )
-        return constant(c)
+        if torch.compiler.is_compiling():  # by a product, as in `coefficients.edm`
+            return x.new_ones(x.shape[:1], dtype=torch.float64) * c
+        return torch.scalar_tensor(c, dtype=torch.float64, device="cpu")
     if not c.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {c.dtype}")
     if c.ndim != 0 and (c.ndim != 1 or c.shape[0] != x.shape[0]):
@@ -89,14 +96,11 @@ def _coefficient(name: str, c, x: Tensor) -> Tensor:
     return c
 
 
-def constant(c: float) -> Tensor:
-    """A number as the kernels read it: on the CPU, whatever torch's default device is."""
-    return torch.scalar_tensor(c, dtype=torch.float64, device="cpu")
-
-
-def as_launched(*coefficients: Tensor | None) -> tuple:
+def as_launched(*coefficients: Tensor | None, default: float | None = None) -> tuple:
     """As a launcher takes them: [B] tensors and gates as they are, constants as floats."""
-    return tuple(c.item() if c is not None and c.ndim == 0 else c for c in coefficients)
+    return tuple(
+        default if c is None else c if c.ndim else c.item() for c in coefficients
+    )
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -111,6 +115,27 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in tensors
     )
+
+
+def why_called(part: nn.Module | None, expected: type[nn.Module]) -> str:
+    """Why a part of a module has to be called for what it computes; empty if the kernels may
+    read its weights instead. Adapters, quantisers, pruning and hooks each leave a trace."""
+    if type(part) is not expected:
+        came = "missing" if part is None else f"a {type(part).__name__}"
+        return f"is {came}, not a plain {expected.__name__}"
+    if any(getattr(part, hooks) for hooks in HOOKS) or _has_any_global_hook():
+        return "has a hook that would no longer run"
+    if "forward" in part.__dict__:
+        return "had its forward replaced on the instance"
+    if expected is nn.Linear:
+        kind = type(part.weight)
+        if is_traceable_wrapper_subclass(part.weight) or (
+            kind is not nn.Parameter and issubclass(kind, nn.Parameter)
+        ):
+            return f"has a {kind.__name__} as its weight, not a plain tensor"
+        if part.weight.stride(-1) != 1:
+            return "has a weight whose rows are not contiguous"
+    return ""
 
 
 def dims(t: Tensor) -> str:

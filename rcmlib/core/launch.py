@@ -11,6 +11,7 @@ dispatcher; unless somebody wants to see it: autograd, a tracer, a profiler (`kn
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
+
+from rcmlib.core import interpreting
 
 # The dispatch keys that this thread adds to a tensor's own: torch.func's transforms, tracers
 # and dispatch modes each add one. These are the sets without any.
@@ -205,31 +208,38 @@ def result(like: Tensor, shape, dtype: torch.dtype | None = None, wanted=True) -
     return like.new_empty(shape if wanted else (0,), dtype=dtype)
 
 
+_INTERPRETER = threading.RLock()
+
+
 def run_on_device(
     launcher: Callable[..., Tensor | tuple[Tensor, ...]], dtypes: Sequence[torch.dtype], *args
 ) -> Tensor | tuple[Tensor, ...]:
-    """Runs a launcher on its first argument's device. dtypes: of the results, on a CPU.
+    """Runs a launcher on its first argument's device. dtypes: of the results, if interpreted.
 
-    Triton's interpreter gets bfloat16 arithmetic wrong, silently (NumPy has no such type), so
-    on a CPU bfloat16 inputs are computed in float32 and the results are rounded.
+    Triton's interpreter is not for two threads: they take turns. It gets bfloat16 arithmetic
+    wrong, silently (NumPy has no such type), so bfloat16 inputs are computed in float32 and the
+    results rounded; and tensors of a GPU are computed on the CPU.
     """
     first = args[0]
-    if first.is_cuda:
+    if first.is_cuda and not interpreting():
         if first.get_device() == torch.cuda.current_device():
             return launcher(*args)
         with torch.cuda.device(first.device):  # Triton launches on the current device
             return launcher(*args)
-    with np.errstate(all="ignore"):  # NaN and infinity are values, not accidents
-        results = launcher(*(_widened(a) for a in args))
+    with _INTERPRETER, np.errstate(all="ignore"):  # NaN and infinity are values, no accidents
+        results = launcher(*map(_for_interpreter, args))
     if isinstance(results, Tensor):
-        return results.to(dtypes[0])
-    return tuple(r.to(dtype) for r, dtype in zip(results, dtypes, strict=False))
+        return results.to(first.device, dtypes[0])
+    return tuple(
+        r.to(first.device, dtype) for r, dtype in zip(results, dtypes, strict=False)
+    )
 
 
-def _widened(a):
+def _for_interpreter(a):
     if a is torch.bfloat16:
         return torch.float32
-    if isinstance(a, Tensor) and a.dtype == torch.bfloat16:
+    if isinstance(a, Tensor) and (a.is_cuda or a.dtype == torch.bfloat16):
         # Contiguous: strides of a view that overlaps itself are not kept by a conversion.
-        return a.to(torch.float32, memory_format=torch.contiguous_format)
+        dtype = torch.float32 if a.dtype == torch.bfloat16 else a.dtype
+        return a.to("cpu", dtype, memory_format=torch.contiguous_format)
     return a

@@ -10,12 +10,14 @@ report states: the fused forward must run whatever hooks and adapters the origin
 """
 
 import re
+import sys
 from typing import NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from rcmlib.attention import HEAD_DIMS
-from rcmlib.core.checks import DTYPES
+from rcmlib.core.checks import DTYPES, why_called
 from rcmlib.modules import BaselineRCMAttention, FusedRCMAttention, TritonFusedRCMAttention
 from rcmlib.wan import FusedWanBlock, WanBlock, WanSelfAttention
 
@@ -65,7 +67,8 @@ def fuse(model: nn.Module) -> Report:
     WanBlock computes its attention like them, with the gated residual in the epilogue of o.
     Outputs and gradients change by rounding only. Modules already fused stay.
     Nothing is launched or moved; the kernels' own conditions (Triton, a device, a dtype)
-    are checked when the model is called. TypeError if model is no torch.nn.Module.
+    are checked when the model is called, and what is attached later to a layer whose weights
+    they read (an adapter, a hook) is then called. TypeError if model is no torch.nn.Module.
     """
     rows, inside = [], set()
     for name, module in _modules(model):
@@ -79,7 +82,7 @@ def fuse(model: nn.Module) -> Report:
         if not why:
             module.__class__ = RECIPES[known].fused
         rows.append(Row(name, kind, None if why else type(module).__name__, why))
-    return Report(tuple(rows))
+    return _report(rows)
 
 
 def unfuse(model: nn.Module) -> Report:
@@ -97,7 +100,7 @@ def unfuse(model: nn.Module) -> Report:
             rows.append(Row(name, kind, type(module).__name__, ""))
         elif isinstance(module, FUSED):
             rows.append(Row(name, kind, None, "it was not made by fuse"))
-    return Report(tuple(rows))
+    return _report(rows)
 
 
 # ---- what can be replaced, by what ----
@@ -125,7 +128,15 @@ RECIPES = {
     WanBlock: _Recipe(FusedWanBlock, {"self_attn": WanSelfAttention, "self_attn.o": nn.Linear}),
 }
 FUSED = (TritonFusedRCMAttention, *(recipe.fused for recipe in RECIPES.values()))
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _report(rows: list[Row]) -> Report:
+    """Of these rows. If a class changed: graphs of earlier calls do not look at it, so all that
+    torch.compile has made is forgotten, and made again at the next call."""
+    report = Report(tuple(rows))
+    if report.replaced and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    return report
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -153,16 +164,8 @@ def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     for name, part in _parts(module, known).items():
-        expected = RECIPES[known].bypassed[name]
-        if type(part) is not expected:
-            came = "missing" if part is None else f"a {type(part).__name__}"
-            return f"{name} is {came}, not a plain {expected.__name__}"
-        if any(getattr(part, hooks) for hooks in HOOKS):
-            return f"a hook on {name} would no longer run"
-        if "forward" in vars(part):
-            return f"{name}.forward was replaced on the instance"
-        if expected is nn.Linear and type(part.weight) not in (nn.Parameter, Tensor):
-            return f"{name}.weight is a {type(part.weight).__name__}, not a plain tensor"
+        if why := why_called(part, RECIPES[known].bypassed[name]):
+            return f"{name} {why}"
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.dtype not in DTYPES:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)

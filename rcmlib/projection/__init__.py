@@ -58,7 +58,7 @@ def gated_projection(
     checks.residual("gate", gate, "a", a)
     checks.shape("gate", gate, ("be [B, C] =", x.shape[::2]), ("[B, N, C] =", x.shape))
     checks.contiguous_rows("gate", gate)
-    return _project(a, weight, bias, x, checks.constant(1.0), gate)
+    return _project(a, weight, bias, x, None, gate)
 
 
 def _project(a, weight, bias, x, c_skip, c_out) -> Tensor:
@@ -95,11 +95,11 @@ def _check_projection(a, weight, bias, x) -> None:
 @gradients.operator
 def _projection(
     a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor,
-    c_skip: Tensor, c_out: Tensor, save_f: bool,
+    c_skip: Tensor | None, c_out: Tensor, save_f: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, f); f is empty unless save_f. c_out may be a gate, beside c_skip = 1."""
+    """(out, f); f is empty unless save_f. c_out may be a gate, beside c_skip None, which is 1."""
     check_device("a", a.device)
-    c = checks.as_launched(c_skip, c_out)
+    c = checks.as_launched(c_skip, c_out, default=1.0)
     return _launch_projection(a, weight, bias, x, *c, save_f, None)
 
 
@@ -165,7 +165,7 @@ class _Projection(torch.autograd.Function):
                 grad, x, f, c_skip, c_out, None, x_dtype, f_dtype
             )
             dc_out = gradients.coefficient_grad(f_dots, c_out) if needed[5] else None
-        else:  # a gate, beside c_skip = 1
+        else:  # a gate
             dx = grad
             df, dc_out = torch.ops.rcmlib.gate_backward(grad, f, c_out, f_dtype)
         return (

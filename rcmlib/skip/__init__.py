@@ -76,12 +76,13 @@ def _(x, f, c_skip, c_out):
 
 @gradients.operator
 def _skip_backward(
-    grad: Tensor, x: Tensor | None, f: Tensor | None, c_skip: Tensor, c_out: Tensor,
+    grad: Tensor, x: Tensor | None, f: Tensor | None,
+    c_skip: Tensor | None, c_out: Tensor | None,  # None: 1
     width: int | None, dx_dtype: torch.dtype | None, df_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     skip_backward = load("rcmlib.skip.kernel").skip_backward
     dtypes = (dx_dtype or grad.dtype, df_dtype or grad.dtype, *[torch.float32] * 2)
-    c = checks.as_launched(c_skip, c_out)
+    c = checks.as_launched(c_skip, c_out, default=1.0)
     return run_on_device(skip_backward, dtypes, grad, x, f, *c, width, dx_dtype, df_dtype)
 
 
