@@ -1,7 +1,8 @@
-"""The commands, wherever they run: python -m rcmlib.demo and benchmarks, tools/."""
+"""The commands, wherever they run: make, python -m rcmlib.demo and benchmarks, tools/."""
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +154,71 @@ def test_a_command_whose_reader_has_left_ends_in_silence(command, buffered, tmp_
 def test_a_command_runs_where_only_ascii_can_be_shown(command):
     done = run(*command, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and not done.stderr and done.stdout.isascii()
+
+
+# ---- make ----
+
+
+@pytest.fixture
+def make(tmp_path):
+    """What `make ARGUMENTS` would do in a fresh clone, with this in the environment."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def plan(*arguments, **environment):
+        # Without what a make that runs these tests tells its children.
+        own = {k: v for k, v in os.environ.items() if "MAKE" not in k and k != "MFLAGS"}
+        return subprocess.run(
+            ["make", "-n", *arguments],
+            cwd=tmp_path,
+            env=own | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    return plan
+
+
+EXPORTED = {
+    "PYTHON": "python9",
+    "READY": "nothing",
+    "NB": "mine.ipynb",
+    "NOTEBOOKS": "mine",
+    "NBVAL": "mine",
+    "WORKERS": "99",
+    "GPU_WORKERS": "99",
+    "PART": "mine",
+    "URL": "https://mine.org",
+    "BOOK_URL": "https://mine.org",
+    "TAGS": "mine",
+    "OK": "mine",
+}
+
+
+@pytest.mark.parametrize(
+    "target", ["book", "test", "portable", "gpu", "lab", "execute", "wheelhouse"]
+)
+def test_no_name_in_the_environment_changes_what_make_does(target, make):
+    shown = make(target)
+    assert "pip install" in shown and ".venv/bin/python -m" in make("test")
+    assert make(target, **EXPORTED) == shown
+
+
+def test_a_python_on_make_s_command_line_is_used_as_it_is(make):
+    for exported in ({}, {"PYTHON": "python8"}):
+        shown = make("test", "PYTHON=python9", **exported)
+        assert "python9 -m pytest" in shown and "python9 -m ruff" in shown
+        assert "python9 -c 'from jupyter_book" in shown  # make, called by make
+        assert "python9 -m pytest" in make("gpu", "PYTHON=python9", **exported)
+        assert "pip install" not in shown and ".venv" not in shown
+
+
+def test_what_else_is_said_on_make_s_command_line_counts(make):
+    assert "tools/execute.py one.ipynb" in make("execute", "NB=one.ipynb")
+    assert "BOOK_URL=https://a.org " in make("book", "URL=https://a.org")
+    assert " -n 7 " in make("test", "WORKERS=7")
+    shown = make("gpu", "PART=tests", "GPU_WORKERS=7")
+    assert " pytest tests --nbval" in shown and " -n 7 " in shown
