@@ -1,21 +1,23 @@
 # make help lists the targets. PYTHON=python3 uses an environment that exists, as it is,
 # instead of creating .venv: nothing is installed into it, so it is told where the clone is.
 
-ifdef PYTHON
+# What may be said on make's command line is assigned here with :=, which what another program's
+# PYTHON, URL or WORKERS says in the environment does not survive.
+PYTHON := .venv/bin/python
+ifeq ($(origin PYTHON),command line)
 READY :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
-PYTHON := .venv/bin/python
 READY := .venv/.installed
 endif
 
-NB ?= notebooks/*.ipynb book/hardware.ipynb
+NB := notebooks/*.ipynb book/hardware.ipynb
 NOTEBOOKS := notebooks book/hardware.ipynb
 # Strict: every cell without the tag nbval-ignore-output is compared.
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=900
 # One notebook stays on one worker, in order. loadscope hands out whole notebooks and single
 # tests with all their parameters (conftest.py).
-WORKERS ?= 2
+WORKERS := 2
 
 .DEFAULT_GOAL := help
 .PHONY: help book test portable gpu lab execute wheelhouse clean
@@ -24,6 +26,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # URL=https://... is the repository's address, where it is not that of the clone's remote.
+URL :=
 book: $(READY) ## render the book into _build/html; no warning survives
 	@BOOK_URL=$(URL) $(PYTHON) -c 'from jupyter_book.cli.main import main; main()' \
 		build . --all -W -n --keep-going -q
@@ -40,7 +43,8 @@ portable: $(READY) ## every notebook again, in the arithmetic of four other mach
 		-n $(WORKERS) --dist loadscope
 
 # PART=tests or PART=notebooks runs one of the two, GPU_WORKERS=15 fifteen processes.
-PART ?= tests notebooks
+PART := tests notebooks
+GPU_WORKERS :=
 gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
 	$(if $(filter-out tests notebooks,$(PART)),$(error PART is tests or notebooks))
 	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest $(PART:notebooks=$(NOTEBOOKS)) $(NBVAL) \

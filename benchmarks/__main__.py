@@ -1,4 +1,6 @@
-"""The book's measurements, and yours: python -m benchmarks COMMAND
+# Assigned: it is the help, and python -OO drops docstrings.
+__doc__ = """\
+The book's measurements, and yours: python -m benchmarks COMMAND
 
     suites      times the implementations on this machine's GPU: a record a suite
     traffic     counts the bytes that cross HBM, by the hardware's own counters
@@ -9,6 +11,7 @@ python -m benchmarks COMMAND --help says more.
 """
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -33,4 +36,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")  # × and ± where only ASCII can be shown
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

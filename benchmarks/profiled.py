@@ -1,4 +1,6 @@
-"""Runs implementations once each where a profiler can see it: the program under ncu or nsys.
+# Assigned: it is the help, and python -OO drops docstrings.
+__doc__ = """\
+Runs implementations once each where a profiler can see it: the program under ncu or nsys.
 
     python -m benchmarks.profiled seed            # every label of a shape
     python -m benchmarks.profiled seed C2048      # of several

@@ -1,4 +1,6 @@
-"""Has something become slower? python -m benchmarks compare NOW.json BEFORE.json
+# Assigned: it is the help, and python -OO drops docstrings.
+__doc__ = """\
+Has something become slower? python -m benchmarks compare NOW.json BEFORE.json
 
 Times depend on the machine and its clock; how much faster one implementation is than another
 in the same run depends on them little. So ratios are compared, case by case. A record is a

@@ -1,4 +1,6 @@
-"""The book's measurements, and yours: python -m benchmarks suites [NAME ...] [OPTIONS]
+# Assigned: it is the help, and python -OO drops docstrings.
+__doc__ = """\
+The book's measurements, and yours: python -m benchmarks suites [NAME ...] [OPTIONS]
 
     suites quick                       half a minute: tables, and the record quick.json
     suites seed video --out mine/      records in a folder of yours

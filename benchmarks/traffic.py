@@ -1,4 +1,6 @@
-"""HBM traffic by the hardware's own counters: python -m benchmarks traffic [--out …].
+# Assigned: it is the help, and python -OO drops docstrings.
+__doc__ = """\
+HBM traffic by the hardware's own counters: python -m benchmarks traffic [--out …].
 
 Starts Nsight Compute on `benchmarks.profiled` twice, once with the caches as the program
 leaves them (--cache-control none) and once with all caches emptied before every kernel (all),

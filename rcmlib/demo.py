@@ -1,5 +1,8 @@
 """python -m rcmlib.demo: a minute's tour of the fused kernel on whatever this machine has."""
 
+import os
+import sys
+
 import torch
 
 import rcmlib
@@ -7,12 +10,7 @@ from rcmlib import reference
 from rcmlib.measure import ledger, timing
 from rcmlib.measure.implementations import IMPLEMENTATIONS, Inputs, implementation
 
-PASSES = {
-    "attention, then PyTorch's skip": ledger.two_pass_eager,
-    "attention, then one skip kernel": ledger.two_pass_compiled,
-    "fused": ledger.fused,
-}
-TIMED = ("flash_eager", "flash_compiled", "cudnn_compiled", "fused")
+SHOWN = ("flash_eager", "flash_compiled", "cudnn_compiled", "fused")
 
 
 def main() -> None:
@@ -20,7 +18,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if gpu else "the CPU, through Triton's interpreter"
     device = "cuda" if gpu else "cpu"
     batch, heads, tokens, dim = (4, 12, 2048, 64) if gpu else (2, 2, 192, 64)
-    print(f"out = c_skip·x + c_out·attention(q, k, v) on {where}")
+    print(f"out = c_skip * x + c_out * attention(q, k, v) on {where}")
     print(f"B={batch} H={heads} N={tokens} D={dim}, bfloat16, a noise level a sample\n")
 
     torch.manual_seed(0)
@@ -34,19 +32,20 @@ def main() -> None:
     print(f"sample 0 has t = 0: equals x        {torch.equal(out[0], x[0])}")
 
     print("\nbytes through HBM, by the ledger (caches ignored)")
-    for name, passes in PASSES.items():
-        megabytes = ledger.total(passes(batch, tokens, heads * dim)) / 1e6
-        print(f"  {name:<32}  {megabytes:8.1f} MB")
+    for label in SHOWN:
+        megabytes = ledger.total(ledger.pipeline(label, batch, heads, tokens, dim)) / 1e6
+        print(f"  {IMPLEMENTATIONS[label].title:<32}  {megabytes:8.1f} MB")
 
-    print("\ntimes")
-    if not gpu:
-        print("  take a GPU: the interpreter's mean nothing. The book's chapter 13,")
-        print("  How fast, against whom, and where it stops paying, shows an H100's.")
-        return
-    runs = {label: implementation(label, inputs) for label in TIMED}
-    for label, found in timing.compare(runs).items():
+    times = timing.compare({n: implementation(n, inputs) for n in SHOWN}) if gpu else {}
+    print("\ntimes" if gpu else "\ntimes: take a GPU, or see ours in the book's chapter 13")
+    for label, found in times.items():
         print(f"  {IMPLEMENTATIONS[label].title:<32}  {found.median_ms:8.3f} ms")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

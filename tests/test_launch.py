@@ -104,6 +104,59 @@ def test_a_plan_is_made_once_for_its_key_and_the_cache_does_not_grow_for_ever(
     assert launch.planned(("a",), object) is not first
 
 
+# ---- the first launch, where something is missing ----
+
+
+class Raising:
+    """A kernel whose launch ends in `action`."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def __getitem__(self, grid):
+        return lambda *_: self.action()
+
+
+CAUSES = RuntimeError, OSError, subprocess.CalledProcessError  # CC decides which
+
+
+@pytest.mark.parametrize(
+    "compiler", [None, "", "no-such-cc", "ccache gcc", "/", "false"]
+)
+def test_without_a_c_compiler_one_sentence_says_how_to_get_one(
+    compiler, monkeypatch, tmp_path
+):
+    """By Triton's own way to look for it and to start it."""
+    build = pytest.importorskip("triton.runtime.build")
+    if find := getattr(
+        build, "_find_compiler", None
+    ):  # it remembers, from Triton 3.8 on
+        monkeypatch.setattr(build, "_find_compiler", find.__wrapped__)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if compiler is None:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.setenv("CC", compiler)
+    kernel = Raising(lambda: build.compile_module_from_src("int i;", "launcher"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="apt install gcc, or CC=") as raised:
+            launch.Plan(kernel, 1).launch()
+        assert isinstance(raised.value.__cause__, CAUSES)
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", ""), RuntimeError("no compiler")]
+)
+def test_another_error_of_a_first_launch_stays_as_it_is(error):
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        launch.Plan(Raising(fail), 1).launch()
+    assert raised.value is error and error.__cause__ is None
+
+
 # ---- calls like an earlier one ----
 
 

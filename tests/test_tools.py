@@ -1,5 +1,6 @@
-"""What stands in tools/: where the book's repository is, and the rows of make portable."""
+"""What stands in tools/: where the book is, the rows of make portable, a notebook's shell."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -106,3 +107,15 @@ def test_one_row_that_fails_fails_all(capfd, monkeypatch):
     fails = "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] == '4')"
     assert portable.main([sys.executable, "-c", fails]) == 1
     assert "FAILED" in capfd.readouterr().out
+
+
+def test_a_notebook_is_re_run_without_what_the_shell_wants_of_it(monkeypatch):
+    """The same names as in conftest.py: what is stored is then what is compared."""
+    pytest.importorskip("nbclient")
+    from tools import execute
+
+    names = "MPLBACKEND", "FORCE_COLOR", "CLICOLOR_FORCE", "PYTHON_COLORS", "COLUMNS"
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    execute.main([])
+    assert not set(names) & set(os.environ)

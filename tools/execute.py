@@ -1,4 +1,6 @@
-"""Re-run notebooks in place and store their outputs: tools/execute.py NOTEBOOK ...
+# Assigned: it is the help, and python -OO drops docstrings.
+__doc__ = """\
+Re-run notebooks in place and store their outputs: tools/execute.py NOTEBOOK ...
 
 Cells tagged `gpu` keep their stored outputs on a machine without a GPU. What changes
 from run to run (timings, counters, kernel versions) is normalised, so that a diff shows
@@ -18,6 +20,7 @@ from nbclient.exceptions import CellExecutionError
 KEEP = {"tags", "mystnb"}  # the cell metadata that means something to the book
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 CELL_TIMEOUT_S = 1800
+SHELL = "MPLBACKEND", "FORCE_COLOR", "CLICOLOR_FORCE", "PYTHON_COLORS", "COLUMNS"
 
 
 def execute(path: Path) -> None:
@@ -44,16 +47,25 @@ def execute(path: Path) -> None:
     nbformat.write(nbformat.from_dict(notebook), path)
 
 
-if __name__ == "__main__":
-    # The kernel must draw inline and without colour, whatever this shell has set.
-    for name in ("MPLBACKEND", "FORCE_COLOR"):
+def main(names: list[str]) -> None:
+    # As conftest.py: the kernel must draw inline, without colour and in one width, whatever
+    # this shell has set.
+    for name in SHELL:
         os.environ.pop(name, None)
-    if not sys.argv[1:]:
-        sys.exit(__doc__)
-    for name in sys.argv[1:]:
+    for name in names:
         start = time.perf_counter()
         try:
             execute(Path(name))
         except CellExecutionError as error:  # its text holds the cell and the traceback
             sys.exit(f"{name}: a cell raised; the file is unchanged\n\n{error}")
         print(f"{name}: executed in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

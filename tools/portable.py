@@ -1,4 +1,6 @@
-"""Run a command once a row, each row another machine's arithmetic.
+# Assigned: it is the help, and python -OO drops docstrings.
+__doc__ = """\
+Run a command once a row, each row another machine's arithmetic.
 
     tools/portable.py COMMAND ARGUMENT ...
 
@@ -61,4 +63,10 @@ def main(command: list[str]) -> int:
 if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit(__doc__)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from traceback import walk_tb
 
 import numpy as np
 import torch
@@ -152,8 +153,15 @@ class Plan:
             described = map(_descriptor_class(), tensors, self.boxes)
             tensors = (*described, *tensors[len(self.boxes) :])
         if self.run is None:
-            launch = self.kernel[self.grid]
-            compiled = launch(*tensors, *self.numbers, **self.constants)
+            try:
+                compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            except Exception as error:  # in `_build` Triton runs a C compiler, and no more
+                if all(f.f_code.co_name != "_build" for f, _ in walk_tb(error.__traceback__)):
+                    raise
+                raise RuntimeError(
+                    "Triton needs a C compiler (apt install gcc, or CC=/its/path) and Python's "
+                    "headers (apt install python3-dev) to launch kernels"
+                ) from error
             if compiled is not None:
                 self.run = compiled[self.grid]
         else:
