@@ -180,6 +180,16 @@ def _(grad, q, k, v, lse, delta, c_out, scale, is_causal):
     return result(q), result(k), result(v)
 
 
+@gradients.count_flops("attention", "attention_saving")
+def _(q, k, *_, **__):
+    return 4 * math.prod(q) * k[2]
+
+
+@gradients.count_flops("attention_backward")
+def _(grad, q, k, *_, **__):
+    return 10 * math.prod(q) * k[2]
+
+
 class _Attention(torch.autograd.Function):
     """What torch.func asks for and `register_autograd` (torch 2.11) cannot give."""
 

@@ -98,9 +98,7 @@ def _coefficient(name: str, c, x: Tensor) -> Tensor:
 
 def as_launched(*coefficients: Tensor | None, default: float | None = None) -> tuple:
     """As a launcher takes them: [B] tensors and gates as they are, constants as floats."""
-    return tuple(
-        default if c is None else c if c.ndim else c.item() for c in coefficients
-    )
+    return tuple(default if c is None else c if c.ndim else c.item() for c in coefficients)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

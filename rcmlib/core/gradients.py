@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -87,6 +88,12 @@ def coefficient_grad(dots: Tensor, c: Tensor) -> Tensor:
 # ---- the registered operators: torch.compile and the dispatcher know them ----
 
 LIBRARY = torch.library.Library("rcmlib", "DEF")
+
+
+def count_flops(*names: str) -> Callable:
+    """Decorates what `torch.utils.flop_counter` adds for these operators, from the shapes of
+    their arguments: the products' multiplications and additions, as for PyTorch's own."""
+    return register_flop_formula([getattr(torch.ops.rcmlib, name) for name in names])
 
 
 def operator(function: Callable) -> Callable:

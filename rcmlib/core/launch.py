@@ -238,9 +238,7 @@ def run_on_device(
         results = launcher(*map(_for_interpreter, args))
     if isinstance(results, Tensor):
         return results.to(first.device, dtypes[0])
-    return tuple(
-        r.to(first.device, dtype) for r, dtype in zip(results, dtypes, strict=False)
-    )
+    return tuple(r.to(first.device, dtype) for r, dtype in zip(results, dtypes, strict=False))
 
 
 def _for_interpreter(a):

@@ -1,5 +1,7 @@
 """`rcm_projection` and `gated_projection`: a linear layer with the skip in its epilogue."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -129,6 +131,11 @@ def _gate_backward(
 def _(grad, f, gate, df_dtype):
     df = grad.new_empty(grad.shape if df_dtype else (0,), dtype=df_dtype or grad.dtype)
     return df, gate.new_empty(gate.shape if f is not None else (0,))
+
+
+@gradients.count_flops("projection")
+def _(a, weight, *_, **__):
+    return 2 * math.prod(a) * weight[0]
 
 
 class _Projection(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """`rcm_sage_attention` and plain `sage_attention`: 8-bit operands, no gradients."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,3 +121,8 @@ def _(q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v,
     batch, heads, q_len, head_dim = q.shape
     like = q if x is None else x
     return like.new_empty(batch, q_len, heads * head_dim)
+
+
+@gradients.count_flops("sage_attention")
+def _(q, k, *_, **__):
+    return 4 * math.prod(q) * k[2]

@@ -2,8 +2,12 @@
 
 t [B, H, N, D], any strides with a contiguous last dimension -> float32 [B, H, BLOCK_D].
 
+A few large tokens move the mean away from all others. Subtracted, it would make those large,
+and their rounding errors with them. So where the mean makes a sample of the tokens larger than
+it is (`WORSE`), 0 takes its place.
+
 HBM: t is read once, by programs that each own a chunk of a head's tokens; a second launch
-combines what they found.
+combines what they found, and reads the sample.
 """
 
 from typing import NamedTuple
@@ -15,6 +19,8 @@ import triton.language as tl
 from rcmlib.core import launch
 
 TINY = tl.constexpr(2.0**-110)  # a smaller maximum would overflow limit / maximum
+SAMPLE = tl.constexpr(128)  # tokens, evenly spaced
+WORSE = tl.constexpr(1.25)  # the mean is not used where Σ|t − mean| > WORSE·Σ|t|
 
 
 @triton.jit
@@ -57,29 +63,39 @@ def columns_kernel(t, sums, highs, lows, heads, length, chunk, strides, D: tl.co
 
 
 @triton.jit
-def combine_kernel(sums, highs, lows, mean, top, length, chunks,
-                   BLOCK_D: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
-                   SMOOTH: tl.constexpr):  # fmt: skip
-    """From the chunks of COLS channels: the mean, and the largest |t − mean| (or |t|)."""
+def combine_kernel(t, sums, highs, lows, mean, top, heads, length, chunks, strides,
+                   D: tl.constexpr, BLOCK_D: tl.constexpr, COLS: tl.constexpr,
+                   CHUNKS: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
+    """From the chunks of COLS channels: the mean, and the largest |t − mean| (or |t|), which
+    is NaN where a number is not finite."""
     parts: tl.constexpr = BLOCK_D // COLS
     head = tl.program_id(0) // parts
     d = tl.program_id(0) % parts * COLS + tl.arange(0, COLS)
     c = tl.arange(0, CHUNKS)[:, None]
     place = (head * chunks + c) * BLOCK_D + d[None, :]
     center = tl.zeros([COLS], tl.float32)
+    total = tl.sum(tl.load(sums + place, mask=c < chunks, other=0.0), 0)
     if SMOOTH:
-        total = tl.sum(tl.load(sums + place, mask=c < chunks, other=0.0), 0)
         center = (total / length).to(tl.float32)
+        rows = tl.arange(0, SAMPLE)[:, None] * tl.cdiv(length, SAMPLE)
+        inside = (rows < length) & (d < D)[None, :]
+        t += tl.cast(head // heads, tl.int64) * strides[0]
+        t += tl.cast(head % heads, tl.int64) * strides[1]
+        some = tl.load(t + rows.to(tl.int64) * strides[2] + d[None, :], mask=inside, other=0.0)
+        some = some.to(tl.float64)
+        moved = tl.where(inside, tl.abs(some - center.to(tl.float64)[None, :]), 0.0)
+        center = tl.where(tl.sum(moved, 0) > tl.sum(tl.abs(some), 0) * WORSE, 0.0, center)
         tl.store(mean + head * BLOCK_D + d, center)
     if top is not None:
         high = tl.max(tl.load(highs + place, mask=c < chunks, other=float("-inf")), 0)
         low = tl.min(tl.load(lows + place, mask=c < chunks, other=float("inf")), 0)
         largest = tl.maximum(tl.maximum(high - center, center - low), TINY)
+        largest = tl.where(tl.abs(total) < float("inf"), largest, float("nan"))
         tl.store(top + head * BLOCK_D + d, largest)
 
 
 class ColumnStatistics(NamedTuple):
-    """float32 [B, H, BLOCK_D] over the tokens: the mean, and the largest |t − mean|."""
+    """float32 [B, H, BLOCK_D] over the tokens: the mean (or 0), and the largest |t − mean|."""
 
     mean: torch.Tensor | None
     top: torch.Tensor | None
@@ -102,8 +118,9 @@ def columns_plans(t: torch.Tensor, smooth: bool) -> tuple[launch.Plan, launch.Pl
     )  # fmt: skip
     cols = 16
     whole = launch.Plan(
-        combine_kernel, batch * heads * block_d // cols, length, chunks,
-        BLOCK_D=block_d, COLS=cols, CHUNKS=triton.next_power_of_2(chunks), SMOOTH=smooth,
+        combine_kernel, batch * heads * block_d // cols,
+        heads, length, chunks, t.stride()[:3],
+        D=dim, BLOCK_D=block_d, COLS=cols, CHUNKS=triton.next_power_of_2(chunks), SMOOTH=smooth,
     )  # fmt: skip
     return parts, whole, chunks
 
@@ -127,7 +144,7 @@ def column_statistics(t: torch.Tensor, smooth: bool, ranged: bool) -> ColumnStat
     if smooth:
         mean = launch.result(t, (batch, heads, block_d), torch.float32)
     parts.launch(t, sums, highs, lows)
-    whole.launch(sums, highs, lows, mean, top)
+    whole.launch(t, sums, highs, lows, mean, top)
     return ColumnStatistics(mean, top)
 
 

@@ -75,13 +75,15 @@ def int8_kernel(t, mean, out, scales, factor, heads, length, padded, groups, str
         x = tl.where(inside, x - tl.load(mean + head * BLOCK_D + d), 0.0)
     # [groups, GROUP, BLOCK_D]: one maximum for the first axis.
     x = x.reshape(BLOCK_N // GROUP, GROUP, BLOCK_D)
-    top = tl.maximum(tl.max(tl.max(tl.abs(x), 2), 1), TINY)
+    size = tl.where(x == x, tl.abs(x), float("inf"))  # a maximum would pass over NaN
+    top = tl.maximum(tl.max(tl.max(size, 2), 1), TINY)
     steps = x * tl.div_rn(127.0, top)[:, None, None] + ROUNDER
     q = steps.to(tl.int32, bitcast=True).to(tl.int8).reshape(BLOCK_N, BLOCK_D)
     head64 = tl.cast(head, tl.int64)
     tl.store(out + (head64 * padded + rows[:, None]) * BLOCK_D + d, q)
     group = tile * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
-    tl.store(scales + head64 * groups + group, tl.div_rn(top, 127.0) * factor)
+    scale = tl.where(top < float("inf"), tl.div_rn(top, 127.0) * factor, float("nan"))
+    tl.store(scales + head64 * groups + group, scale)
 
 
 @triton.jit
