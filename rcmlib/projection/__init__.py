@@ -99,7 +99,7 @@ def _projection(
     a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor,
     c_skip: Tensor | None, c_out: Tensor, save_f: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, f); f is empty unless save_f. c_out may be a gate, beside c_skip None, which is 1."""
+    """(out, f); f is empty unless save_f. c_out may be a gate; c_skip None is 1."""
     check_device("a", a.device)
     c = checks.as_launched(c_skip, c_out, default=1.0)
     return _launch_projection(a, weight, bias, x, *c, save_f, None)
