@@ -6,7 +6,9 @@ import importlib.util
 import os
 import sys
 
+import numpy as np
 import torch
+from numpy.lib import NumpyVersion
 
 
 def set_interpreter_default() -> None:
@@ -42,7 +44,13 @@ def interpreting() -> bool:
 
     from rcmlib.core.epilogue import skip_epilogue
 
-    return not isinstance(skip_epilogue, triton.JITFunction)
+    interpreted = not isinstance(skip_epilogue, triton.JITFunction)
+    if interpreted and triton.__version__ < "3.7" and NumpyVersion(np.__version__) >= "2.4.0":
+        raise RuntimeError(
+            f"Triton {triton.__version__}'s interpreter cannot loop with NumPy {np.__version__}; "
+            "pip install 'numpy<2.4', or Triton 3.7 or newer"
+        )
+    return interpreted
 
 
 @functools.cache  # of what passes: an error is raised anew at every call

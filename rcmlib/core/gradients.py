@@ -82,7 +82,7 @@ def dense_rows(grad: Tensor) -> Tensor:
 
 def coefficient_grad(dots: Tensor, c: Tensor) -> Tensor:
     """The kernels' partial sums [B, …] added up in float64, as the gradient of c [B]."""
-    return dots.flatten(1).sum(1, dtype=torch.float64).to(c.dtype)
+    return dots.sum(tuple(range(1, dots.ndim)), dtype=torch.float64).to(c.dtype)
 
 
 # ---- the registered operators: torch.compile and the dispatcher know them ----

@@ -133,6 +133,10 @@ def _(grad, f, gate, df_dtype):
     return df, gate.new_empty(gate.shape if f is not None else (0,))
 
 
+def _rows(t: Tensor) -> Tensor:  # [B, N, C] -> [B·N, C]; batched gradients know no flatten
+    return t.reshape(-1, t.shape[-1])
+
+
 @gradients.count_flops("projection")
 def _(a, weight, *_, **__):
     return 2 * math.prod(a) * weight[0]
@@ -177,7 +181,7 @@ class _Projection(torch.autograd.Function):
             df, dc_out = torch.ops.rcmlib.gate_backward(grad, f, c_out, f_dtype)
         return (
             df @ weight if needed[0] else None,
-            df.flatten(0, 1).mT @ a.flatten(0, 1) if needed[1] else None,
+            _rows(df).mT @ _rows(a) if needed[1] else None,
             df.sum((0, 1)) if needed[2] else None,
             dx if needed[3] else None,
             gradients.coefficient_grad(x_dots, c_skip) if needed[4] else None,
