@@ -47,8 +47,8 @@ def interpreting() -> bool:
     interpreted = not isinstance(skip_epilogue, triton.JITFunction)
     if interpreted and triton.__version__ < "3.7" and NumpyVersion(np.__version__) >= "2.4.0":
         raise RuntimeError(
-            f"Triton {triton.__version__}'s interpreter cannot loop with NumPy {np.__version__}; "
-            "pip install 'numpy<2.4', or Triton 3.7 or newer"
+            f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, here is "
+            f"{np.__version__}; pip install 'numpy<2.4', or Triton 3.7 or newer"
         )
     return interpreted
 
