@@ -115,24 +115,24 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-def why_called(part: nn.Module | None, expected: type[nn.Module]) -> str:
+def why_called(part: nn.Module | None, expected: type[nn.Module], name: str = "it") -> str:
     """Why a part of a module has to be called for what it computes; empty if the kernels may
     read its weights instead. Adapters, quantisers, pruning and hooks each leave a trace."""
     if type(part) is not expected:
         came = "missing" if part is None else f"a {type(part).__name__}"
-        return f"is {came}, not a plain {expected.__name__}"
+        return f"{name} is {came}, not a plain {expected.__name__}"
     if any(getattr(part, hooks) for hooks in HOOKS) or _has_any_global_hook():
-        return "has a hook that would no longer run"
+        return f"a hook on {name} would no longer run"
     if "forward" in part.__dict__:
-        return "had its forward replaced on the instance"
+        return f"{name}.forward was replaced on the instance"
     if expected is nn.Linear:
         kind = type(part.weight)
         if is_traceable_wrapper_subclass(part.weight) or (
             kind is not nn.Parameter and issubclass(kind, nn.Parameter)
         ):
-            return f"has a {kind.__name__} as its weight, not a plain tensor"
+            return f"{name}.weight is a {kind.__name__}, not a plain tensor"
         if part.weight.stride(-1) != 1:
-            return "has a weight whose rows are not contiguous"
+            return f"{name}.weight has rows that are not contiguous"
     return ""
 
 

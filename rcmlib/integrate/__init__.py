@@ -164,8 +164,8 @@ def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     for name, part in _parts(module, known).items():
-        if why := why_called(part, RECIPES[known].bypassed[name]):
-            return f"{name} {why}"
+        if why := why_called(part, RECIPES[known].bypassed[name], name):
+            return why
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.dtype not in DTYPES:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
