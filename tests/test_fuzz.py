@@ -11,12 +11,16 @@ from tests.random_calls import draw_call, kind_of
 from tools import fuzz, sanitize
 
 FEW = ["--calls", "25"]
+on_the_cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="make fuzz and make sanitize do more on a GPU"
+)
 
 
 def tensors(call):
     return {n: v for n, v in call.inputs.items() if isinstance(v, torch.Tensor)}
 
 
+@on_the_cpu
 def test_random_calls_agree_with_float64(capsys):
     assert fuzz.main(FEW) == 0
     assert re.search("^0 of 25 calls failed", capsys.readouterr().out, re.M)
@@ -76,12 +80,13 @@ def test_one_kind_of_calls_is_one_process_s(monkeypatch):
         assert len({kind_of(0, index) for index in batch}) == 1
 
 
+@on_the_cpu
 def test_the_variants_for_compute_sanitizer_can_be_called(capsys):
     assert sanitize.main(["--share", "20", "120"]) == 0
     assert re.search(r"^\d+ calls", capsys.readouterr().out, re.M)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+@on_the_cpu
 def test_without_a_gpu_both_say_so(monkeypatch):
     monkeypatch.setenv("RCM_REQUIRE_GPU", "1")
     with pytest.raises(SystemExit, match="no CUDA device"):

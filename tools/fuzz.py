@@ -11,6 +11,7 @@ shapes: --calls 40 takes some ten seconds.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -68,14 +69,15 @@ def make_calls(seed: int, indices: list[int]) -> Iterator[Result]:
 def work(pipe, seed: int) -> None:
     """A worker process: a list of indices comes in, its results and a None go out."""
     torch.set_num_threads(1)
-    while True:
-        left = pipe.recv()
-        for result in make_calls(seed, left):
-            pipe.send(result)
-            left = left[1:]
-        if left:
-            return  # with exit code 0: the call that lost the GPU was reported
-        pipe.send(None)
+    with contextlib.suppress(EOFError):  # nothing more comes in
+        while True:
+            left = pipe.recv()
+            for result in make_calls(seed, left):
+                pipe.send(result)
+                left = left[1:]
+            if left:
+                return  # with exit code 0: the call that lost the GPU was reported
+            pipe.send(None)
 
 
 class Worker:
