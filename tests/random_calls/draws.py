@@ -1,9 +1,9 @@
 """Random tensors, strides, lengths and coefficients, each decided by (seed, index) alone.
 
 A call has two sources. `kind` decides what a kernel is compiled for (dtypes, head dimension,
-layouts, options, which class a length is of, which gradients are wanted) and is one of KINDS for
-each function: ten thousand calls compile some 1500 kernels, half of them in under a second.
-`call` decides the rest. Another seed has other kinds.
+layouts, options, which class a length is of, which gradients are wanted) and is one of KINDS
+for each function: so ten thousand calls compile not ten thousand kernels, but some 1300, most
+of them small. `call` decides the rest. Another seed has other kinds.
 """
 
 import random
