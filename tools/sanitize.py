@@ -33,7 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ATTENTION = [(BF16, 64), (BF16, 128), (FP16, 72), (BF16, 256), (FP32, 64), (FP16, 17)]
 LENGTHS = [(64, 640), (70, 577), (37, 53), (1, 1)]  # long or short, whole tiles or not
-KERNELS = (
+KERNELS = (  # or parts of their names: the 8-bit attention_kernel is one, too
     "attention_kernel", "dkdv_kernel", "dq_kernel", "skip_kernel", "skip_backward_kernel",
     "projection_kernel", "gate_backward_kernel", "columns_kernel", "combine_kernel",
     "int8_kernel", "values_kernel",
@@ -168,7 +168,7 @@ def make_calls(first: int, step: int) -> int:
     ]
     number = made = 0
     for surroundings, calls in groups:
-        PLANS.clear()  # they were made for another GPU
+        PLANS.clear()  # they were made for other surroundings
         with surroundings():
             for name, call in calls():
                 if number % step == first:
@@ -178,6 +178,7 @@ def make_calls(first: int, step: int) -> int:
                         assert t.isfinite().all(), f"{name}: not finite"
                     made += 1
                 number += 1
+    PLANS.clear()
     return made
 
 

@@ -2,7 +2,7 @@
 
 A call has two sources. `kind` decides what a kernel is compiled for (dtypes, head dimension,
 layouts, options, which class a length is of, which gradients are wanted) and is one of KINDS
-for each function: so ten thousand calls compile not ten thousand kernels, but some 1300, most
+for each function: so ten thousand calls compile not ten thousand kernels, but some 1500, most
 of them small. `call` decides the rest. Another seed has other kinds.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 from tests.inputs import DTYPES
 
-KINDS = 24
+KINDS = 32
 HEAD_DIMS = 16, 17, 24, 40, 64, 72, 96, 128, 160, 256
 LENGTHS = {  # Triton compiles anew for 1, for multiples of 16, for the others
     "one": lambda draw, most: 1,

@@ -39,18 +39,17 @@ def no_terms(g=None, **inputs) -> dict[str, float]:
     return {}
 
 
-def skip_terms(g=None, *, x, f, c_skip, c_out, f_terms=None) -> dict[str, float]:
-    """√Σ terms² of each result; f_terms: what f² is a sum of, g: ∂L/∂out."""
-    f_terms = f.square() if f_terms is None else f_terms
+def skip_terms(g=None, *, x, f, c_skip, c_out) -> dict[str, float]:
+    """√Σ terms² of each result. f, where it is a sum itself: √Σ terms² of it. g: ∂L/∂out."""
     c_skip = reference.per_sample(c_skip, x)
     if not torch.is_tensor(c_out) or c_out.ndim < 2:
         c_out = reference.per_sample(c_out, x)
     elif c_out.ndim < x.ndim:  # a gate [B, C]
         c_out = c_out[:, None]
-    squares = {"out": c_skip**2 * x**2 + c_out**2 * f_terms}
+    squares = {"out": c_skip**2 * x**2 + c_out**2 * f**2}
     if g is not None:
         squares |= {"df": (c_out * g) ** 2, "dx": (c_skip * g) ** 2}
-        squares |= {"dc_skip": (g * x) ** 2, "dc_out": g**2 * f_terms}
+        squares |= {"dc_skip": (g * x) ** 2, "dc_out": (g * f) ** 2}
     return {name: t.sum().sqrt().item() for name, t in squares.items()}
 
 
@@ -61,9 +60,9 @@ def attention_terms(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     p = reference.probabilities(q, k, scale, is_causal).square()
     f_terms = p @ v.square()
-    merged = reference.merge_heads(f_terms)
-    x = torch.zeros_like(merged) if x is None else x
-    terms = skip_terms(g, x=x, f=merged, c_skip=c_skip, c_out=c_out, f_terms=merged)
+    f = reference.merge_heads(f_terms).sqrt()
+    x = torch.zeros_like(f) if x is None else x
+    terms = skip_terms(g, x=x, f=f, c_skip=c_skip, c_out=c_out)
     terms["scores"] = (q @ k.mT).abs().max().item() * scale
     if g is not None:
         g = g.unflatten(-1, (q.shape[1], -1)).transpose(1, 2).square()
@@ -85,7 +84,7 @@ def projection_terms(
     c_out = c_out if gate is None else gate
     f_terms = a.square() @ weight.square().mT
     f_terms = f_terms if bias is None else f_terms + bias.square()
-    terms = skip_terms(g, x=x, f=f_terms, c_skip=c_skip, c_out=c_out, f_terms=f_terms)
+    terms = skip_terms(g, x=x, f=f_terms.sqrt(), c_skip=c_skip, c_out=c_out)
     if g is not None:
         factor = gate if gate is not None else reference.per_sample(c_out, x)
         factor = factor[:, None] if factor.ndim < x.ndim else factor
