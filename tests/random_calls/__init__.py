@@ -53,7 +53,8 @@ def draw_call(seed: int, index: int, device: torch.device) -> Call:
     if "sage" not in draw.name or mode == "no_grad":
         floating = [n for n, v in call.inputs.items() if torch.is_tensor(v)]
         floating = [n for n in floating if n not in call.constant]
-        call.wanted = tuple(n for n in floating if draw.kind.random() < 0.5)
+        share = draw.kind.randint(0, 1) if call.together else 0.5
+        call.wanted = tuple(n for n in floating if draw.kind.random() < share)
     if inside:
         call.wanted = ()
     call.autocast = draw.autocast

@@ -20,6 +20,7 @@ class Call:
     constant: tuple = ()  # the inputs whose gradient nobody asks for
     casts: tuple = ()  # the inputs that ours casts inside autocast
     terms: Callable = no_terms  # how large what is rounded was (rounding.py)
+    together: bool = False  # all gradients or none, measured by the whole gradient
     wide: tuple = ()  # results that are rounded once, to their own dtype
     precision: torch.dtype | None = None  # of the products
     at_zero: bool = False  # c_skip = 1, c_out = 0: the result is x

@@ -29,7 +29,7 @@ def module_call(draw: Draw, ours, peer, inputs: dict, *grid) -> Call:
     }
     functions = caller(ours), caller(peer), caller(peer)
     # ∂L/∂t is a sum that cancels, and t may be a number (tests/test_modules.py).
-    return Call(*functions, inputs | parameters, constant=("t",))
+    return Call(*functions, inputs | parameters, constant=("t",), together=True)
 
 
 def layer_call(layer: Callable, **peer_options) -> Callable[[Draw], Call]:
@@ -39,7 +39,7 @@ def layer_call(layer: Callable, **peer_options) -> Callable[[Draw], Call]:
         options = (dim, heads, draw.kind.random() < 0.7, draw.call.uniform(0.3, 2))
         batch = draw.batch()
         tokens = draw.length(draw.length_kind(), min(draw.most, 512))
-        x = draw.tensor(batch, tokens, dim, layout=draw.layout())
+        x = draw.tensor(batch, tokens, dim, layout=draw.layout(), shifts=False)
         t = draw.coefficient(batch, 0 if draw.call.random() < 0.1 else None)
         inputs = {"x": x, "t": abs(t)}
         peer = rcmlib.BaselineRCMAttention(*options, **peer_options)
@@ -56,7 +56,7 @@ def wan_call(draw: Draw) -> Call:
     grid = 2, draw.call.randint(1, most), draw.call.randint(1, most)
     options = dim, 2 * dim, heads, draw.kind.random() < 0.7
     batch = draw.batch()
-    x = draw.tensor(batch, math.prod(grid), dim, layout=draw.layout())
+    x = draw.tensor(batch, math.prod(grid), dim, layout=draw.layout(), shifts=False)
     e = draw.tensor(batch, 6, dim, dtype=torch.float32, shifts=False)
     block, fused = wan.WanBlock(*options), wan.WanBlock(*options)
     assert rcmlib.integrate.fuse(fused).replaced

@@ -39,6 +39,13 @@ def no_terms(g=None, **inputs) -> dict[str, float]:
     return {}
 
 
+def whole_gradient(ref: dict[str, torch.Tensor]) -> dict[str, float]:
+    """For modules: where a parameter's gradient cancels, as that of k's bias, all together."""
+    names = [name for name in ref if name != "out"]
+    squares = [ref[name].square().sum() for name in names]
+    return dict.fromkeys(names, sum(squares, torch.zeros(())).sqrt().item())
+
+
 def skip_terms(g=None, *, x, f, c_skip, c_out) -> dict[str, float]:
     """√Σ terms² of each result. f, where it is a sum itself: √Σ terms² of it. g: ∂L/∂out."""
     c_skip = reference.per_sample(c_skip, x)
