@@ -1,4 +1,7 @@
-"""Random calls of the modules, of a fused Wan block, and of the coefficients."""
+"""Random calls of the modules, of a fused Wan block, and of the coefficients.
+
+x is normal here: where a softmax saturates, gradients behind it are differences of equals.
+"""
 
 import math
 from collections.abc import Callable
