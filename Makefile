@@ -20,7 +20,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=900
 WORKERS := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help book test portable gpu lab execute wheelhouse clean
+.PHONY: help book test portable gpu fuzz sanitize lab execute wheelhouse clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,17 @@ gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
 	$(if $(filter-out tests notebooks,$(PART)),$(error PART is tests or notebooks))
 	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest $(PART:notebooks=$(NOTEBOOKS)) $(NBVAL) \
 		--ignore=tests/test_html.py $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist loadscope)
+
+FUZZ_CALLS ?= 10000
+FUZZ_SEED ?= 0
+fuzz: $(READY) ## random calls of every function on a GPU, each against float64
+	RCM_REQUIRE_GPU=1 $(PYTHON) -m tools.fuzz --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) \
+		--workers $(or $(GPU_WORKERS),8)
+
+# compute-sanitizer comes with the CUDA toolkit. Both use 8 processes, or GPU_WORKERS.
+TOOLS ?= memcheck racecheck initcheck
+sanitize: $(READY) ## compute-sanitizer watches a call of every kernel variant
+	$(PYTHON) -m tools.sanitize --tools $(TOOLS) --workers $(or $(GPU_WORKERS),8)
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(PYTHON) -m jupyterlab --notebook-dir=notebooks
