@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two: while exporting
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -127,9 +129,7 @@ def why_called(part: nn.Module | None, expected: type[nn.Module], name: str = "i
         return f"{name}.forward was replaced on the instance"
     if expected is nn.Linear:
         kind = type(part.weight)
-        if is_traceable_wrapper_subclass(part.weight) or (
-            kind is not nn.Parameter and issubclass(kind, nn.Parameter)
-        ):
+        if kind not in PLAIN:
             return f"{name}.weight is a {kind.__name__}, not a plain tensor"
         if part.weight.stride(-1) != 1:
             return f"{name}.weight has rows that are not contiguous"
