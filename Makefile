@@ -50,14 +50,14 @@ gpu: $(READY) ## the same tests on a GPU; fails where no GPU is seen
 	RCM_REQUIRE_GPU=1 $(PYTHON) -m pytest $(PART:notebooks=$(NOTEBOOKS)) $(NBVAL) \
 		--ignore=tests/test_html.py $(if $(GPU_WORKERS),-n $(GPU_WORKERS) --dist loadscope)
 
-FUZZ_CALLS ?= 10000
-FUZZ_SEED ?= 0
+FUZZ_CALLS := 10000
+FUZZ_SEED := 0
 fuzz: $(READY) ## random calls of every function on a GPU, each against float64
 	RCM_REQUIRE_GPU=1 $(PYTHON) -m tools.fuzz --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) \
 		--workers $(or $(GPU_WORKERS),8)
 
 # compute-sanitizer comes with the CUDA toolkit. Both use 8 processes, or GPU_WORKERS.
-TOOLS ?= memcheck racecheck initcheck
+TOOLS := memcheck racecheck initcheck
 sanitize: $(READY) ## compute-sanitizer watches a call of every kernel variant
 	$(PYTHON) -m tools.sanitize --tools $(TOOLS) --workers $(or $(GPU_WORKERS),8)
 
