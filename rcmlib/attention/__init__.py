@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from rcmlib import reference
 from rcmlib.core import check_device, checks, gradients, load
 from rcmlib.core.launch import known, run_on_device
 
@@ -219,20 +218,24 @@ class _Attention(torch.autograd.Function):
         dx_wanted, *c_wanted = ctx.needs_input_grad[3:6]
         grad = gradients.dense_rows(grad)
         heads_wanted = any(ctx.needs_input_grad[:3])
-        # In float16 g, or a product with it, may overflow where c_out·g does not.
-        fold = c_out is not None and (grad.dtype != q.dtype or q.dtype == torch.float16)
-        # One pass over g: dx, c_out·g, the sums g·x, and δ, one number a row and head.
-        dx, scaled, x_dots, delta = torch.ops.rcmlib.skip_backward(
-            grad, x, f, c_skip, c_out, q.shape[-1],
-            ctx.residual if dx_wanted else None, q.dtype if fold and heads_wanted else None,
+        skip, out, unit = c_skip, c_out, None
+        if heads_wanted and c_out is not None and q.dtype == torch.float16:
+            # g, or a product with it, may overflow where c_out·g does not. So it is brought
+            # near 1 by a power of two a sample, which leaves all its digits as they are.
+            unit = gradients.power_near_one(grad)
+            skip, out = (gradients.per_sample(c, grad) for c in (c_skip, c_out))
+        # One pass over g: dx, unit·g, the sums g·x, and δ, one number a row and head.
+        dx, near_one, x_dots, delta = torch.ops.rcmlib.skip_backward(
+            grad, x, f, skip, out if unit is None else unit, q.shape[-1],
+            ctx.residual if dx_wanted else None, None if unit is None else q.dtype,
         )  # fmt: skip
         dq = dk = dv = None
         if heads_wanted:
-            at = (grad, delta, c_out)
-            if fold:
-                at = (scaled, (reference.per_sample(c_out, delta) * delta).float(), None)
+            g = (grad.to(q.dtype), delta, out)
+            if unit is not None:
+                g = (near_one, (unit.view(-1, 1, 1) * delta).float(), out / unit)
             dq, dk, dv = torch.ops.rcmlib.attention_backward(
-                at[0], q, k, v, lse, *at[1:], ctx.scale, ctx.is_causal
+                g[0], q, k, v, lse, *g[1:], ctx.scale, ctx.is_causal
             )
         return (
             *gradients.wanted((dq, dk, dv, dx), ctx.needs_input_grad),

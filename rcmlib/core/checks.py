@@ -76,7 +76,8 @@ def coefficients(c_skip, c_out, x: Tensor) -> tuple[Tensor, Tensor]:
     constant = all(c.ndim == 0 and c.device.type == "cpu" and not c.requires_grad for c in both)
     if constant and not torch.compiler.is_compiling():
         return both
-    wide = (c if c.ndim else c.to(x.device).expand(x.shape[0]) for c in both)
+    # In float64: a gradient is summed over the samples before it is rounded.
+    wide = (c if c.ndim else c.to(x.device, torch.float64).expand(x.shape[0]) for c in both)
     return tuple(c.contiguous() for c in wide)
 
 

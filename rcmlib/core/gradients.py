@@ -80,6 +80,19 @@ def dense_rows(grad: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
+def per_sample(c: Tensor, like: Tensor) -> Tensor:
+    """A coefficient as [B], on like's device in float64."""
+    return (
+        c.double() if c.ndim else like.new_full(like.shape[:1], c.item(), dtype=torch.float64)
+    )
+
+
+def power_near_one(grad: Tensor) -> Tensor:
+    """Powers of two [B], float64, that bring each sample's largest |g| to 1 … 2."""
+    top = grad.abs().amax((1, 2)).double().clamp_min(2.0**-100)
+    return torch.exp2(-torch.floor(torch.log2(top)))
+
+
 def coefficient_grad(dots: Tensor, c: Tensor) -> Tensor:
     """The kernels' partial sums [B, …] added up in float64, as the gradient of c [B]."""
     return dots.sum(tuple(range(1, dots.ndim)), dtype=torch.float64).to(c.dtype)
