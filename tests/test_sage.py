@@ -160,6 +160,35 @@ def test_cosine_and_l1_stay_within_their_bounds(name, pv, device):
     assert_follows(out, model(q, k, v, pv), ref, share=0.25)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("offset", [0, 5])
+@pytest.mark.parametrize("large", [1, 100, 1e4])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_smoothing_is_never_much_worse_than_none(
+    which, large, offset, is_causal, device
+):
+    """Also beside a token that moves the mean away from all others, seen or not."""
+    torch.manual_seed(0)
+    k = torch.randn(1, 2, 256, 64)
+    t = {"q": 2 * torch.randn_like(k) + k, "k": k, "v": torch.randn_like(k)}
+    t[which] += offset * torch.randn(1, 2, 1, 64)
+    t[which][0, :, 100] *= large
+    q, k, v = (t[name].to(device) for name in "qkv")
+    # Rows that attend to that token alone say nothing about the others.
+    rows = slice(100) if is_causal or which == "k" else slice(None)
+    ref = reference.merge_heads(reference.attention(q, k, v, is_causal=is_causal))[
+        :, rows
+    ]
+    seen = (ref.abs() < 100).all(-1)
+
+    def error(smooth):
+        options = {f"smooth_{which}": smooth, "is_causal": is_causal}
+        out = sage_attention(q, k, v, **options)[:, rows]
+        return reference.relative_l1(out[seen], ref[seen])
+
+    assert error(True) <= 1.5 * error(False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BOUNDS)
 def test_the_error_is_a_peer_s_and_what_fp8_adds(name):

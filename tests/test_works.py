@@ -361,7 +361,7 @@ def threads(device):
 
 
 @proves(
-    "`import rcmlib` before a fork, before `CUDA_VISIBLE_DEVICES` is set, before child processes"
+    "`import rcmlib` before a fork, before `CUDA_VISIBLE_DEVICES` is set, with child processes"
 )
 def importing(device):
     code = """

@@ -27,7 +27,8 @@ def rcm_sage_attention(
     FP8 E4M3 (a scale for each channel); the softmax's weights are rounded to FP8 tile by tile.
     smooth_k subtracts k's mean over the tokens first, which changes no weight and removes the
     channel offsets that keys have in practice. smooth_q does so for q and corrects the scores.
-    smooth_v does so for v and adds the mean to the result.
+    smooth_v does so for v and adds the mean to the result. Where a few large tokens have moved
+    the mean, so that it would make others a quarter larger or more, 0 takes its place.
     pv: the number formats of the second product:
       "fp8"       FP8 operands; a tile is summed by the tensor core, tiles in float32
                   (SageAttention2). The default from compute capability 8.9 on.
@@ -38,6 +39,8 @@ def rcm_sage_attention(
     Quantising q, k and v is a cost like N beside the attention's N². On an H100 the whole call
     beats bf16 from about N = 4096 on, and loses below 2048 (chapter 11): there, `rcm_attention`
     is the better choice, or PyTorch's attention and `rcm_skip`.
+    A NaN or an infinity in q, k or v makes the queries that see it NaN, and may take others of
+    its head along.
     Nothing here is differentiable: a call that wants a gradient raises RuntimeError. Train with
     `rcm_attention`.
     Specification: `rcmlib.reference.eight_bit.sage_attention`; arXiv 2411.10958 and 2505.21136.
