@@ -19,7 +19,8 @@ import triton.language as tl
 from rcmlib.core import launch
 
 TINY = tl.constexpr(2.0**-110)  # a smaller maximum would overflow limit / maximum
-SAMPLE = tl.constexpr(128)  # tokens, evenly spaced
+SAMPLE = tl.constexpr(128)  # tokens, one in each of as many stretches of equal length,
+PRIME = tl.constexpr(40507)  # at changing places: a video's columns come back at equal ones
 WORSE = tl.constexpr(1.25)  # the mean is not used where Σ|t − mean| > WORSE·Σ|t|
 
 
@@ -77,7 +78,8 @@ def combine_kernel(t, sums, highs, lows, mean, top, heads, length, chunks, strid
     total = tl.sum(tl.load(sums + place, mask=c < chunks, other=0.0), 0)
     if SMOOTH:
         center = (total / length).to(tl.float32)
-        rows = tl.arange(0, SAMPLE)[:, None] * tl.cdiv(length, SAMPLE)
+        i, stretch = tl.arange(0, SAMPLE)[:, None], tl.cdiv(length, SAMPLE)
+        rows = i * stretch + i * PRIME % stretch
         inside = (rows < length) & (d < D)[None, :]
         t += tl.cast(head // heads, tl.int64) * strides[0]
         t += tl.cast(head % heads, tl.int64) * strides[1]
