@@ -19,9 +19,9 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rcmlib.attention.tiles import LOG2_E, choose_backward_tiles
 from rcmlib.core import copy_engine, device_capability, dot_precision, launch
@@ -191,16 +191,13 @@ def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launc
 
 def backward_launches(
     g, q, k, v, lse, delta, c_out, scale, is_causal
-) -> tuple[tuple[torch.Tensor, ...], tuple[Callable[[], None], ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[Callable[[], None], ...]]:
     """The results dq, dk, dv [B, N, H, D], and the two launches that fill them."""
-    batch, heads, q_len, head_dim = q.shape
-    kv_len = k.shape[2]
+    batch, heads, _, head_dim = q.shape
     sources = (q, k, v, g.unflatten(-1, (heads, head_dim)).transpose(1, 2))
-    dq, dk, dv = (
-        launch.result(q, (batch, n, heads, head_dim)) for n in (q_len, kv_len, kv_len)
-    )
+    dq, dk, dv = (launch.result(t, (batch, t.shape[2], heads, head_dim)) for t in (q, k, v))
     key = launch.key_of("attention_backward", (*sources, lse, delta, c_out), is_causal)
-    per_sample = isinstance(c_out, torch.Tensor)
+    per_sample = isinstance(c_out, Tensor)
     plans = launch.planned(key, lambda: backward_plans(*sources, per_sample, is_causal))
 
     def run(plan, *results):
@@ -210,9 +207,7 @@ def backward_launches(
     return (dq, dk, dv), (dkdv, functools.partial(run, plans[1], dq))
 
 
-def attention_backward(
-    g, q, k, v, lse, delta, c_out, scale, is_causal
-) -> tuple[torch.Tensor, ...]:
+def attention_backward(g, q, k, v, lse, delta, c_out, scale, is_causal) -> tuple[Tensor, ...]:
     """(dq, dk, dv) [B, H, N, D] in token layout, from g [B, Nq, H·D] of q's dtype.
 
     c_out: a float or [B].

@@ -9,6 +9,7 @@ means, log-sum-exps, coefficients), and padding. The repeated reads of k and v w
 are taken to find them in L2. Chapter 2 derives the counts, chapter 12 tries them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rcmlib.measure.implementations import ATTENTION, EAGER, FUSED, IMPLEMENTATIONS, SKIP
@@ -112,38 +113,22 @@ def pipeline(
 # ---- the layer's counts, in tensors of one size: batch × tokens × channels × itemsize ----
 
 
-def two_pass_eager(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """Attention, then c_skip·x + c_out·F as PyTorch runs it: two products and a sum."""
-    return _passes(batch * tokens * channels * itemsize, ATTENTION, *EAGER)
+def _layer(*rows: tuple[str, str, str]) -> Callable[..., list[Pass]]:
+    def layer(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
+        return _passes(batch * tokens * channels * itemsize, *rows)
 
-
-def two_pass_compiled(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """Attention, then the skip as one kernel (torch.compile's, or `rcmlib.rcm_skip`)."""
-    return _passes(batch * tokens * channels * itemsize, ATTENTION, SKIP)
-
-
-def fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """One kernel: F never leaves the chip."""
-    return _passes(batch * tokens * channels * itemsize, FUSED)
+    return layer
 
 
 PROJECTION = ("QKV projection", "x", "q k v")
+FREE_X = ("attention + skip", "q k v", "out")
 
-
-def published_two_pass(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """The 11 of the published 11 → 8 count: it includes the QKV projection."""
-    return _passes(batch * tokens * channels * itemsize, PROJECTION, ATTENTION, SKIP)
-
-
-def published_fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """The 8 of that count: it takes x to be free in the fused pass."""
-    free_x = ("attention + skip", "q k v", "out")
-    return _passes(batch * tokens * channels * itemsize, PROJECTION, free_x)
-
-
-def honest_fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """The same pipeline with x read again where it is used: 9."""
-    return _passes(batch * tokens * channels * itemsize, PROJECTION, FUSED)
+two_pass_eager = _layer(ATTENTION, *EAGER)  # c_skip·x + c_out·F: two products and a sum
+two_pass_compiled = _layer(ATTENTION, SKIP)  # the skip as one kernel
+fused = _layer(FUSED)  # one kernel: F never leaves the chip
+published_two_pass = _layer(PROJECTION, ATTENTION, SKIP)  # the 11 of the published 11 → 8
+published_fused = _layer(PROJECTION, FREE_X)  # the 8: x is taken to be free in the fused pass
+honest_fused = _layer(PROJECTION, FUSED)  # with x read again where it is used: 9
 
 
 def _passes(

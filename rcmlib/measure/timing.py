@@ -140,8 +140,7 @@ def free() -> None:
 
 def _release() -> None:
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # without a GPU: nothing
 
 
 def reason(error: Exception) -> str:

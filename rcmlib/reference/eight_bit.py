@@ -44,7 +44,7 @@ def quantize_int8(
 
 def dequantize_int8(t8: Tensor, scale: Tensor) -> Tensor:
     """int8 · scale in float64; scale [B, H, groups] as `quantize_int8` returns it."""
-    group = _group_size(t8.shape[2], scale.shape[2])
+    group = 1 << (-(-t8.shape[2] // scale.shape[2]) - 1).bit_length()  # a power of two
     rows = scale.double().repeat_interleave(group, 2)[:, :, : t8.shape[2]]
     return t8.double() * rows[..., None]
 
@@ -55,11 +55,9 @@ def column_top(v: Tensor, mean: Tensor | None = None) -> Tensor:
 
 
 def quantize_values(
-    v: Tensor,
-    limit: float = E4M3_MAX,
-    mean: Tensor | None = None,
+    v: Tensor, limit: float = E4M3_MAX, mean: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """v − mean [B, H, N, D] as (v8 in `dtype`, scale [B, H, D]): v8·scale ≈ v − mean.
 
     The largest |v − mean| of a channel becomes `limit`.
@@ -95,21 +93,11 @@ def short_sum(a: Tensor, b: Tensor, acc: Tensor, bits: int = 13, step: int = 32)
 
 
 def sage_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    is_causal: bool = False,
-    *,
-    smooth_k: bool = True,
-    smooth_v: bool = True,
-    q_group: int | None = 1,
-    k_group: int | None = 128,
-    fp8_p: bool = True,
-    fp8_v: bool = True,
-    sums: str | None = "fp8",
-    block_n: int = 128,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causal: bool = False, *,
+    smooth_k: bool = True, smooth_v: bool = True, q_group: int | None = 1,
+    k_group: int | None = 128, fp8_p: bool = True, fp8_v: bool = True,
+    sums: str | None = "fp8", block_n: int = 128,
+) -> Tensor:  # fmt: skip
     """softmax(q kᵀ·scale) v with the kernel's roundings, float64 [B, H, Nq, D].
 
     q_group, k_group: tokens that share an INT8 scale; None leaves q or k unrounded.
@@ -186,11 +174,3 @@ def _groups(t: Tensor, group: int) -> Tensor:
     """[B, H, N, D] as [B, H, groups, group, D]; zeros fill the last group."""
     missing = -t.shape[2] % group
     return torch.nn.functional.pad(t, (0, 0, 0, missing)).unflatten(2, (-1, group))
-
-
-def _group_size(length: int, groups: int) -> int:
-    """The power of two of which `groups` cover `length` tokens."""
-    group = 1
-    while -(-length // group) > groups:
-        group *= 2
-    return group

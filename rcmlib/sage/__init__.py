@@ -1,11 +1,15 @@
 """`rcm_sage_attention` and plain `sage_attention`: 8-bit operands, no gradients."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from rcmlib.attention import check_attention, check_attention_residual, check_scale
+from rcmlib.attention import (
+    check_attention,
+    check_attention_residual,
+    check_scale,
+    empty_result,
+    two_products,
+)
 from rcmlib.core import check_device, checks, device_capability, gradients, load
 from rcmlib.core.launch import known, run_on_device
 
@@ -116,13 +120,5 @@ def _launch_sage(q, k, v, x, *arguments) -> Tensor:
     return run_on_device(sage_attention_forward, [dtype], q, k, v, x, *arguments)
 
 
-@torch.library.register_fake("rcmlib::sage_attention")
-def _(q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv):
-    batch, heads, q_len, head_dim = q.shape
-    like = q if x is None else x
-    return like.new_empty(batch, q_len, heads * head_dim)
-
-
-@gradients.count_flops("sage_attention")
-def _(q, k, *_, **__):
-    return 4 * math.prod(q) * k[2]
+torch.library.register_fake("rcmlib::sage_attention")(empty_result)
+gradients.count_flops("sage_attention")(two_products)

@@ -254,13 +254,10 @@ def sage_plan(
     capability = device_capability(q.device)
     tile = choose_sage_tile(head_dim, pv, capability)
     tma = copy_engine(torch.int8, capability)
-    boxes = ()
-    if tma:
-        # What one copy brings, of q, k and v seen as matrices.
-        m, n = tile.block_m, tile.block_n
-        v_box = [n, block_d] if pv == "fp16" else [block_d, n]
-        blocks = ([m, block_d], [n, block_d], v_box)
-        boxes = tuple(map(launch.box_of_matrix, (q, k, v), blocks))
+    m, n = tile.block_m, tile.block_n
+    # What one copy brings, of q, k and v seen as matrices.
+    blocks = [m, block_d], [n, block_d], [n, block_d] if pv == "fp16" else [block_d, n]
+    boxes = tuple(map(launch.box_of_matrix, (q, k, v), blocks)) if tma else ()
     how = SageVariant(
         **vars(tile), head_dim=head_dim, block_d=block_d, tma=tma, causal=is_causal,
         ragged=kv_len % tile.block_n != 0, per_sample=per_sample,
