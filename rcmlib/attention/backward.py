@@ -38,10 +38,8 @@ class Saved(NamedTuple):
 
 @triton.jit
 def store_rows(dst, tile, scale, at, length, heads, D: tl.constexpr):
-    """scale·tile to the rows of a contiguous [B, length, heads, D] that begin at `at`.
-
-    A scale of 0 stores zeros, whatever the tile holds: at t = 0 nothing reaches q, k, v.
-    """
+    """scale·tile to the rows of a contiguous [B, length, heads, D] that begin at `at`; for a
+    scale of 0 zeros, whatever the tile holds: at t = 0 nothing reaches q, k, v."""
     ROWS: tl.constexpr = tile.shape[0]
     BLOCK_D: tl.constexpr = tile.shape[1]
     r = (at.row + tl.arange(0, ROWS)[:, None]).to(tl.int64)
@@ -208,10 +206,8 @@ def backward_launches(
 
 
 def attention_backward(g, q, k, v, lse, delta, c_out, scale, is_causal) -> tuple[Tensor, ...]:
-    """(dq, dk, dv) [B, H, N, D] in token layout, from g [B, Nq, H·D] of q's dtype.
-
-    c_out: a float or [B].
-    """
+    """(dq, dk, dv) [B, H, N, D] in token layout, from g [B, Nq, H·D] of q's dtype and
+    c_out, a float or [B]."""
     results, launches = backward_launches(g, q, k, v, lse, delta, c_out, scale, is_causal)
     for run in launches:
         run()

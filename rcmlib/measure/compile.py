@@ -45,9 +45,7 @@ def compile_calls(
     calls: Sequence[Call], kernel: str | None = None
 ) -> list[dict[str, Compiled]]:
     """For each call what its kernels, by name, compile to; or only the one named.
-
-    RuntimeError with the compiler's output if one fails.
-    """
+    RuntimeError with the compiler's output if one fails."""
     processes = max(1, min(len(calls), (os.cpu_count() or 1) // 2))
     shares = [(calls[i::processes], kernel) for i in range(processes)]
     with ThreadPoolExecutor(processes) as pool:  # each thread waits for a process

@@ -53,9 +53,6 @@ def tensors(passes: list[Pass]) -> int:
     return sum(len(p.reads) + len(p.writes) for p in passes)
 
 
-# ---- an L2 cache ----
-
-
 def hbm(passes: list[Pass], l2_bytes: float = 0) -> Traffic:
     """What crosses HBM when the last `l2_bytes` bytes touched are still in the L2 cache.
 
@@ -88,8 +85,6 @@ def _found(passes: list[Pass], l2_bytes: float) -> float:
         return 1.0
     return max(0.0, (l2_bytes - low) / (high - low)) if high > low else 0.0
 
-
-# ---- the implementations, by label ----
 
 PIPELINES = {"negate": (("negate", "x", "out"),)} | {
     label: row.passes for label, row in IMPLEMENTATIONS.items() if row.passes

@@ -18,8 +18,7 @@ TOKEN_ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 
 def column_mean(t: Tensor) -> Tensor:
     """What smoothing takes off t [B, H, N, D], float32 [B, H, D]: the mean over the tokens,
-    or 0 in channels where it makes 128 tokens, evenly spaced, a quarter larger or more.
-    """
+    or 0 in channels where it makes 128 tokens, evenly spaced, a quarter larger or more."""
     mean = (t.sum(2, dtype=torch.float64) / t.shape[2]).float()
     some = t[:, :, :: -(-t.shape[2] // 128)].double()
     moved = (some - mean.double()[:, :, None]).abs().sum(2)
@@ -59,9 +58,7 @@ def quantize_values(
     dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """v − mean [B, H, N, D] as (v8 in `dtype`, scale [B, H, D]): v8·scale ≈ v − mean.
-
-    The largest |v − mean| of a channel becomes `limit`.
-    """
+    The largest |v − mean| of a channel becomes `limit`."""
     top = column_top(v, mean)
     scaled = _centred(v, mean) * _divide(limit, top)[:, :, None]
     return scaled.to(dtype), top * torch.tensor(1 / limit)
