@@ -176,9 +176,11 @@ def _(grad, q, k, v, lse, delta, c_out, scale, is_causal):
     return result(q), result(k), result(v)
 
 
-@gradients.count_flops("attention", "attention_saving")
 def two_products(q, k, *_, **__):
     return 4 * math.prod(q) * k[2]
+
+
+gradients.count_flops("attention", "attention_saving")(two_products)
 
 
 @gradients.count_flops("attention_backward")

@@ -181,10 +181,8 @@ def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launc
     key_tiles = triton.cdiv(kv_len, for_keys.block_n)
     query_tiles = triton.cdiv(q_len, for_queries.block_m)
     ragged = kv_len % for_queries.block_n != 0
-    return (
-        plan(dkdv_kernel, for_keys, key_tiles),  # masks its keys whenever it loads them
-        plan(dq_kernel, for_queries, query_tiles, ragged),
-    )
+    dkdv = plan(dkdv_kernel, for_keys, key_tiles)  # masks its keys whenever it loads them
+    return dkdv, plan(dq_kernel, for_queries, query_tiles, ragged)
 
 
 def backward_launches(

@@ -114,9 +114,8 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
         command = [getattr(ptxas, "path", ptxas), "-v", f"--gpu-name={target}", path]
-        done = subprocess.run(
-            [*command, "-o", path.with_suffix(".cubin")], capture_output=True, text=True
-        )
+        command += ["-o", path.with_suffix(".cubin")]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
