@@ -108,22 +108,24 @@ def pipeline(
 # ---- the layer's counts, in tensors of one size: batch × tokens × channels × itemsize ----
 
 
-def _layer(*rows: tuple[str, str, str]) -> Callable[..., list[Pass]]:
+def _layer(name: str, *rows: tuple[str, str, str]) -> Callable[..., list[Pass]]:
     def layer(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
         return _passes(batch * tokens * channels * itemsize, *rows)
 
+    layer.__name__ = name
     return layer
 
 
-PROJECTION = ("QKV projection", "x", "q k v")
-FREE_X = ("attention + skip", "q k v", "out")
+two_pass_eager = _layer("two_pass_eager", ATTENTION, *EAGER)  # two products and a sum
+two_pass_compiled = _layer("two_pass_compiled", ATTENTION, SKIP)  # the skip as one kernel
+fused = _layer("fused", FUSED)  # one kernel: F never leaves the chip
 
-two_pass_eager = _layer(ATTENTION, *EAGER)  # c_skip·x + c_out·F: two products and a sum
-two_pass_compiled = _layer(ATTENTION, SKIP)  # the skip as one kernel
-fused = _layer(FUSED)  # one kernel: F never leaves the chip
-published_two_pass = _layer(PROJECTION, ATTENTION, SKIP)  # the 11 of the published 11 → 8
-published_fused = _layer(PROJECTION, FREE_X)  # the 8: x is taken to be free in the fused pass
-honest_fused = _layer(PROJECTION, FUSED)  # with x read again where it is used: 9
+# The published 11 → 8 count: with the QKV projection, and x free in the fused pass. It is 9,
+# where x is read again.
+PROJECTION = ("QKV projection", "x", "q k v")
+published_two_pass = _layer("published_two_pass", PROJECTION, ATTENTION, SKIP)
+published_fused = _layer("published_fused", PROJECTION, ("attention + skip", "q k v", "out"))
+honest_fused = _layer("honest_fused", PROJECTION, FUSED)
 
 
 def _passes(

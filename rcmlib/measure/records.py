@@ -44,10 +44,8 @@ class Records:
     def machine(self, name: str = "attention") -> str:
         """Where a record was taken, in one line."""
         p = self.record(name)["provenance"]
-        return (
-            f"{p['device']}, driver {p['driver']}, torch {p['torch']}, "
-            f"Triton {p['triton']}, cuDNN {p['cudnn']}"
-        )
+        versions = ("driver", "torch", "Triton", "cuDNN")
+        return ", ".join([p["device"], *(f"{v} {p[v.lower()]}" for v in versions)])
 
 
 def fastest(case: dict, labels: tuple[str, ...]) -> str | None:
