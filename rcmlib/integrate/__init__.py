@@ -161,17 +161,16 @@ def _why_not(module: nn.Module, known: type[nn.Module] | None) -> str:
         return f"a subclass of {known.__name__} may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    parts = _parts(module, known)
-    for name, part in parts.items():
+    for name, part in _parts(module, known).items():
         if why := why_called(part, RECIPES[known].bypassed[name]):
             return f"{name} {why}"
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.dtype not in DTYPES:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             return f"{name} is {parameter.dtype}, the kernels take {allowed}"
-    name, projection = parts.popitem()
-    attention = module.get_submodule(name.rpartition(".")[0])
-    head_dim = projection.in_features // attention.num_heads
+    projection = list(RECIPES[known].bypassed)[-1]
+    attention = module.get_submodule(projection.rpartition(".")[0])
+    head_dim = module.get_submodule(projection).in_features // attention.num_heads
     if head_dim not in HEAD_DIMS:
         return f"head dimension {head_dim}, the kernels take {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
     return ""
