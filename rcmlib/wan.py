@@ -60,18 +60,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
-class WanRMSNorm(nn.Module):
-    """x / √(mean x² + eps) · weight over all of dim, computed in float32 or wider."""
-
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+class WanRMSNorm(nn.RMSNorm):
+    """x / √(mean x² + eps) · weight over all of dim; the norm is taken in float32 or wider."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = wide.square().mean(dim=-1, keepdim=True)
-        return (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 class WanSelfAttention(nn.Module):
@@ -90,10 +84,8 @@ class WanSelfAttention(nn.Module):
 
     def heads(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, H, N, D] of x [B, N, dim], as views of token-major tensors."""
-        q, k, v = (
-            t.unflatten(-1, (self.num_heads, -1))
-            for t in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x))
-        )
+        projected = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in projected)
         dtype = torch.promote_types(q.dtype, torch.float32)
         cos, sin = rope_tables(grid, q.shape[-1], dtype, q.device)
         q, k = (rotate(t, cos, sin).to(v.dtype) for t in (q, k))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import rcmlib
 from rcmlib import reference
@@ -124,6 +125,14 @@ class Stopped(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None
+
+
+def test_the_products_of_every_attention_are_counted_as_flops(device):
+    q, k, v, x, _ = arguments(device)
+    for function in (rcmlib.rcm_attention, rcmlib.rcm_sage_attention):
+        with FlopCounterMode(display=False) as counter:
+            function(q, k, v, x, *SKIP)
+        assert counter.get_total_flops() == 2 * 2 * q.numel() * k.shape[2]
 
 
 @every_function

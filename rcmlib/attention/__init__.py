@@ -131,7 +131,7 @@ def _launch(q, k, v, x, *arguments) -> tuple:
 
 
 @torch.library.register_fake("rcmlib::attention")
-def _(q, k, v, x, c_skip, c_out, scale, is_causal):
+def empty_result(q, k, v, x, *_):
     batch, heads, q_len, head_dim = q.shape
     like = q if x is None else x
     return like.new_empty(batch, q_len, heads * head_dim)
@@ -150,12 +150,9 @@ def _attention_saving(
 
 @torch.library.register_fake("rcmlib::attention_saving")
 def _(q, k, v, x, c_skip, c_out, scale, is_causal):
-    batch, heads, q_len, head_dim = q.shape
-    tokens = (batch, q_len, heads * head_dim)
-    lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
-    if x is None:
-        return q.new_empty(tokens), q.new_empty(0), lse
-    return x.new_empty(tokens), q.new_empty(tokens), lse
+    out = empty_result(q, k, v, x)
+    f = q.new_empty(0 if x is None else out.shape)
+    return out, f, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @gradients.operator
@@ -164,10 +161,9 @@ def _attention_backward(
     c_out: Tensor | None, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     attention_backward = load("rcmlib.attention.backward").attention_backward
-    arguments = (*checks.as_launched(c_out, default=1.0), scale, is_causal)
-    return run_on_device(
-        attention_backward, [q.dtype] * 3, grad, q, k, v, lse, delta, *arguments
-    )
+    (c,) = checks.as_launched(c_out, default=1.0)
+    arguments = (grad, q, k, v, lse, delta, c, scale, is_causal)
+    return run_on_device(attention_backward, [q.dtype] * 3, *arguments)
 
 
 @torch.library.register_fake("rcmlib::attention_backward")
@@ -179,9 +175,11 @@ def _(grad, q, k, v, lse, delta, c_out, scale, is_causal):
     return result(q), result(k), result(v)
 
 
-@gradients.count_flops("attention", "attention_saving")
-def _(q, k, *_, **__):
+def two_products(q, k, *_, **__):
     return 4 * math.prod(q) * k[2]
+
+
+gradients.count_flops("attention", "attention_saving")(two_products)
 
 
 @gradients.count_flops("attention_backward")
@@ -204,10 +202,9 @@ class _Attention(torch.autograd.Function):
         ctx.mark_non_differentiable(f, lse)
         ctx.set_materialize_grads(False)  # f and lse get none: no zeros for them
         ctx.residual = None if x is None else x.dtype
-        x_needed = ctx.needs_input_grad[4]  # by the gradient of its coefficient
-        ctx.save_for_backward(
-            q, k, v, x if x_needed else None, c_skip, c_out, out if x is None else f, lse
-        )
+        f = out if x is None else f
+        x = x if ctx.needs_input_grad[4] else None  # for the gradient of its coefficient
+        ctx.save_for_backward(q, k, v, x, c_skip, c_out, f, lse)
 
     @staticmethod
     @gradients.once_differentiable

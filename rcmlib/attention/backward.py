@@ -19,9 +19,9 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rcmlib.attention.tiles import LOG2_E, choose_backward_tiles
 from rcmlib.core import copy_engine, device_capability, dot_precision, launch
@@ -38,10 +38,8 @@ class Saved(NamedTuple):
 
 @triton.jit
 def store_rows(dst, tile, scale, at, length, heads, D: tl.constexpr):
-    """scale·tile to the rows of a contiguous [B, length, heads, D] that begin at `at`.
-
-    A scale of 0 stores zeros, whatever the tile holds: at t = 0 nothing reaches q, k, v.
-    """
+    """scale·tile to the rows of a contiguous [B, length, heads, D] that begin at `at`; for a
+    scale of 0 zeros, whatever the tile holds: at t = 0 nothing reaches q, k, v."""
     ROWS: tl.constexpr = tile.shape[0]
     BLOCK_D: tl.constexpr = tile.shape[1]
     r = (at.row + tl.arange(0, ROWS)[:, None]).to(tl.int64)
@@ -183,24 +181,19 @@ def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launc
     key_tiles = triton.cdiv(kv_len, for_keys.block_n)
     query_tiles = triton.cdiv(q_len, for_queries.block_m)
     ragged = kv_len % for_queries.block_n != 0
-    return (
-        plan(dkdv_kernel, for_keys, key_tiles),  # masks its keys whenever it loads them
-        plan(dq_kernel, for_queries, query_tiles, ragged),
-    )
+    dkdv = plan(dkdv_kernel, for_keys, key_tiles)  # masks its keys whenever it loads them
+    return dkdv, plan(dq_kernel, for_queries, query_tiles, ragged)
 
 
 def backward_launches(
     g, q, k, v, lse, delta, c_out, scale, is_causal
-) -> tuple[tuple[torch.Tensor, ...], tuple[Callable[[], None], ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[Callable[[], None], ...]]:
     """The results dq, dk, dv [B, N, H, D], and the two launches that fill them."""
-    batch, heads, q_len, head_dim = q.shape
-    kv_len = k.shape[2]
+    batch, heads, _, head_dim = q.shape
     sources = (q, k, v, g.unflatten(-1, (heads, head_dim)).transpose(1, 2))
-    dq, dk, dv = (
-        launch.result(q, (batch, n, heads, head_dim)) for n in (q_len, kv_len, kv_len)
-    )
+    dq, dk, dv = (launch.result(t, (batch, t.shape[2], heads, head_dim)) for t in (q, k, v))
     key = launch.key_of("attention_backward", (*sources, lse, delta, c_out), is_causal)
-    per_sample = isinstance(c_out, torch.Tensor)
+    per_sample = isinstance(c_out, Tensor)
     plans = launch.planned(key, lambda: backward_plans(*sources, per_sample, is_causal))
 
     def run(plan, *results):
@@ -210,13 +203,9 @@ def backward_launches(
     return (dq, dk, dv), (dkdv, functools.partial(run, plans[1], dq))
 
 
-def attention_backward(
-    g, q, k, v, lse, delta, c_out, scale, is_causal
-) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv) [B, H, N, D] in token layout, from g [B, Nq, H·D] of q's dtype.
-
-    c_out: a float or [B].
-    """
+def attention_backward(g, q, k, v, lse, delta, c_out, scale, is_causal) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) [B, H, N, D] in token layout, from g [B, Nq, H·D] of q's dtype and
+    c_out, a float or [B]."""
     results, launches = backward_launches(g, q, k, v, lse, delta, c_out, scale, is_causal)
     for run in launches:
         run()

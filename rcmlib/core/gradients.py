@@ -11,11 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Will a backward pass need what this call could save?
-
-    In forward mode, too, the call has to be seen by autograd: an operator alone would drop
-    the tangents in silence, where a Function without a jvp says so.
-    """
+    """Will a backward pass need what this call could save? Autograd has to see forward mode,
+    too: an operator would drop the tangents in silence, a Function without a jvp says so."""
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

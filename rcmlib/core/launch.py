@@ -2,15 +2,12 @@
 
 Grid, tile, strides and the compiled kernel follow from the tensors' layouts and a few options.
 Working them out takes longer than all else in a call. So a launcher keeps its plans in `PLANS`,
-under a key that holds all a launch depends on (`key_of`).
-
-The checks of the input look at the same, none of them at the numbers in a tensor. So a call
-whose key is in the cache would pass them again, and goes straight to its plan, past checks and
-dispatcher; unless somebody wants to see it: autograd, a tracer, a profiler (`known`).
+under a key that holds all a launch depends on (`key_of`). The checks of the input look at no
+more. So a call whose key is known would pass them again, and goes straight to its plan, past
+checks and dispatcher; unless autograd, a tracer or a profiler wants to see it (`known`).
 """
 
 import functools
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,12 +200,6 @@ def boxes_of_rows(tensors: Sequence[Tensor], rows: Sequence[int], cols: int) -> 
         strides = [s if n > 1 else 16 for s, n in zip(t.stride(), t.shape, strict=True)]
         boxes.append((list(t.shape), [*strides[:-1], 1], [1, 1, count, cols]))
     return tuple(boxes)
-
-
-def box_of_matrix(t: Tensor, block: list[int]) -> Box:
-    """A contiguous tensor as a matrix: all its rows below one another."""
-    cols = t.shape[-1]
-    return [math.prod(t.shape[:-1]), cols], [cols, 1], block
 
 
 def result(like: Tensor, shape, dtype: torch.dtype | None = None, wanted=True) -> Tensor:

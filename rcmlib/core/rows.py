@@ -1,7 +1,5 @@
-"""Which queries a program owns, which keys they see, and how rows reach a kernel.
-
-Used by the attention kernels; the 8-bit one has rows of its own.
-"""
+"""Which queries a program of an attention kernel owns, which keys they see, and how rows reach
+it; the 8-bit kernel loads its rows itself."""
 
 from typing import NamedTuple
 

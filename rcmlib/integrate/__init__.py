@@ -36,10 +36,8 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `fuse` or `unfuse` did: a row a module that they know or that looks like attention.
-
-    str(report) is a table of them.
-    """
+    """What `fuse` or `unfuse` did, as str() a table: a row for each module that they know or
+    that looks like attention."""
 
     rows: tuple[Row, ...]
 

@@ -27,11 +27,7 @@ from rcmlib.measure.implementations import (
 from rcmlib.measure.records import fastest, spread_ms
 
 # Variants of one kernel are chapter 11's subject, and stay out of the comparison.
-PEERS = tuple(
-    label
-    for label in IMPLEMENTATIONS
-    if not label.startswith("sage_kernel") or label == "sage_kernel_fp8"
-)
+PEERS = tuple(n for n in IMPLEMENTATIONS if n == "sage_kernel_fp8" or "sage_kernel" not in n)
 
 
 def benchmark_all_implementations(
@@ -93,9 +89,6 @@ def check_labels(implementations: Iterable[str] | None) -> list[str]:
     return labels
 
 
-# ---- a case of a record ----
-
-
 def benchmark_shape(
     name: str, shape: tuple[int, int, int, int], labels: Iterable[str],
     dtype: torch.dtype = torch.bfloat16, seed: int = 0, budget_ms: float = timing.BUDGET_MS,
@@ -117,8 +110,7 @@ def benchmark_shape(
         failed = dict.fromkeys(labels, f"inputs: {failed['inputs']}")
         return {"name": name, **sizes, "failed": failed, "results": {}}
     inputs, error = prepared
-    build = partial(implementation, inputs=inputs)
-    runs = {n: timing.attempt(partial(build, n), n, failed) for n in labels}
+    runs = {n: timing.attempt(partial(implementation, n, inputs), n, failed) for n in labels}
     runs = {label: run for label, run in runs.items() if run}
     checked = check(name, runs, error, lambda label: IMPLEMENTATIONS[label].bound)
     checked.failed.update(failed)
@@ -128,10 +120,8 @@ def benchmark_shape(
 
 
 def distance(inputs: Inputs) -> Callable[[str, torch.Tensor], float]:
-    """A function of a label and its result: the relative L2 error on three query rows.
-
-    Against float64. A row depends on its own query only, so three stand for all.
-    """
+    """A function of a label and its result: the relative L2 error against float64, on three
+    query rows. A row depends on its own query only, so three stand for all."""
     q, k, v, x, c_skip, c_out = inputs
     tokens = q.shape[2]
     rows = torch.tensor([0, tokens // 2, tokens - 1], device=x.device)
@@ -154,11 +144,9 @@ class Checked(NamedTuple):
 
 
 def check(
-    name: str,
-    runs: dict[str, Run],
-    error: Callable[[str, object], float],
+    name: str, runs: dict[str, Run], error: Callable[[str, object], float],
     bound: Callable[[str], float],
-) -> Checked:
+) -> Checked:  # fmt: skip
     """Runs each implementation once: one that fails or is wrong is named, and gets no time."""
     checked = Checked({}, {}, {})
 
@@ -183,9 +171,6 @@ def case(
     found = {"errors": checked.errors, "failed": checked.failed} if checked else {}
     results = {label: t._asdict() for label, t in times.items()}
     return {"name": name, **sizes, **found, "results": results}
-
-
-# ---- a case as text ----
 
 
 def table(case: dict) -> str:

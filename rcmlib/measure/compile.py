@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 
@@ -44,9 +45,7 @@ def compile_calls(
     calls: Sequence[Call], kernel: str | None = None
 ) -> list[dict[str, Compiled]]:
     """For each call what its kernels, by name, compile to; or only the one named.
-
-    RuntimeError with the compiler's output if one fails.
-    """
+    RuntimeError with the compiler's output if one fails."""
     processes = max(1, min(len(calls), (os.cpu_count() or 1) // 2))
     shares = [(calls[i::processes], kernel) for i in range(processes)]
     with ThreadPoolExecutor(processes) as pool:  # each thread waits for a process
@@ -69,35 +68,21 @@ def _in_another_process(share) -> list[dict[str, Compiled]]:
 
 def _compile_share() -> None:
     """What that other process does: pickled calls in, results out."""
-    results = _compile(*pickle.load(sys.stdin.buffer))
-    sys.stdout.buffer.write(pickle.dumps(results))
-
-
-class _Driver:
-    """A GPU of the wanted architecture, as far as Triton asks before it launches."""
-
-    capability = 90
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return self.capability  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device):
-        return 0
+    pickle.dump(_compile(*pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
 
 
 def _compile(calls: Sequence[Call], wanted: str | None) -> list[dict[str, Compiled]]:
+    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     from rcmlib import core
     from rcmlib.core.launch import PLANS
 
-    gpu, found = _Driver(), {}
+    # A GPU of the call's architecture, as far as Triton asks before it launches.
+    gpu = SimpleNamespace(get_current_stream=lambda device: 0)
+    gpu.get_current_target = lambda: GPUTarget("cuda", call.capability, 32)
+    gpu.get_current_device = lambda: call.capability  # what is compiled is kept by device
     driver.set_active(gpu)
     launch = JITFunction.run
 
@@ -105,12 +90,11 @@ def _compile(calls: Sequence[Call], wanted: str | None) -> list[dict[str, Compil
         if wanted in (None, kernel.__name__):
             compiled = launch(kernel, *args, grid=grid, warmup=True, **constants)
             ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-            found[kernel.__name__] = Compiled(ptx, *_assemble(ptx, gpu.capability), shared)
+            found[kernel.__name__] = Compiled(ptx, *_assemble(ptx, call.capability), shared)
 
     JITFunction.run = compile_only
     done = []
     for call in calls:
-        gpu.capability = call.capability
         core.assumed_capability = divmod(call.capability, 10)
         PLANS.clear()
         module, _, name = call.launcher.rpartition(".")
@@ -130,9 +114,8 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
         command = [getattr(ptxas, "path", ptxas), "-v", f"--gpu-name={target}", path]
-        done = subprocess.run(
-            [*command, "-o", path.with_suffix(".cubin")], capture_output=True, text=True
-        )
+        command += ["-o", path.with_suffix(".cubin")]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))

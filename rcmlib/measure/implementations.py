@@ -80,17 +80,12 @@ def flex_then_skip(q, k, v, x, c_skip, c_out) -> Tensor:
 
 
 def sage_one(q: Tensor, k: Tensor, v: Tensor) -> Run:
-    """SageAttention 1.0.6 (INT8 q kᵀ, FP16 p v). It has to be installed.
-
-    It subtracts k's mean from k in place, so it gets a k of its own.
-    """
+    """SageAttention 1.0.6 (INT8 q kᵀ, FP16 p v), which has to be installed. It subtracts k's
+    mean from k in place, so it gets a k of its own."""
     from sageattention import sageattn
 
     own_k = k.clone()
     return lambda: merge_heads(sageattn(q, own_k, v))
-
-
-# ---- the skip ----
 
 
 def eager_skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
@@ -181,9 +176,6 @@ SAGE1 = (
     ("q to INT8", "q", "q8"), ("k to INT8", "k", "k8"),
     ("8-bit attention", "q8 k8 v16", "F2"), ("merge heads", "F2", "F"),
 )  # fmt: skip
-
-
-# ---- the table ----
 
 
 class Implementation(NamedTuple):

@@ -9,6 +9,7 @@ means, log-sum-exps, coefficients), and padding. The repeated reads of k and v w
 are taken to find them in L2. Chapter 2 derives the counts, chapter 12 tries them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rcmlib.measure.implementations import ATTENTION, EAGER, FUSED, IMPLEMENTATIONS, SKIP
@@ -52,9 +53,6 @@ def tensors(passes: list[Pass]) -> int:
     return sum(len(p.reads) + len(p.writes) for p in passes)
 
 
-# ---- an L2 cache ----
-
-
 def hbm(passes: list[Pass], l2_bytes: float = 0) -> Traffic:
     """What crosses HBM when the last `l2_bytes` bytes touched are still in the L2 cache.
 
@@ -88,8 +86,6 @@ def _found(passes: list[Pass], l2_bytes: float) -> float:
     return max(0.0, (l2_bytes - low) / (high - low)) if high > low else 0.0
 
 
-# ---- the implementations, by label ----
-
 PIPELINES = {"negate": (("negate", "x", "out"),)} | {
     label: row.passes for label, row in IMPLEMENTATIONS.items() if row.passes
 }
@@ -112,38 +108,24 @@ def pipeline(
 # ---- the layer's counts, in tensors of one size: batch × tokens × channels × itemsize ----
 
 
-def two_pass_eager(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """Attention, then c_skip·x + c_out·F as PyTorch runs it: two products and a sum."""
-    return _passes(batch * tokens * channels * itemsize, ATTENTION, *EAGER)
+def _layer(name: str, *rows: tuple[str, str, str]) -> Callable[..., list[Pass]]:
+    def layer(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
+        return _passes(batch * tokens * channels * itemsize, *rows)
+
+    layer.__name__ = name
+    return layer
 
 
-def two_pass_compiled(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """Attention, then the skip as one kernel (torch.compile's, or `rcmlib.rcm_skip`)."""
-    return _passes(batch * tokens * channels * itemsize, ATTENTION, SKIP)
+two_pass_eager = _layer("two_pass_eager", ATTENTION, *EAGER)  # two products and a sum
+two_pass_compiled = _layer("two_pass_compiled", ATTENTION, SKIP)  # the skip as one kernel
+fused = _layer("fused", FUSED)  # one kernel: F never leaves the chip
 
-
-def fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """One kernel: F never leaves the chip."""
-    return _passes(batch * tokens * channels * itemsize, FUSED)
-
-
+# The published 11 → 8 count: with the QKV projection, and x free in the fused pass. It is 9,
+# where x is read again.
 PROJECTION = ("QKV projection", "x", "q k v")
-
-
-def published_two_pass(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """The 11 of the published 11 → 8 count: it includes the QKV projection."""
-    return _passes(batch * tokens * channels * itemsize, PROJECTION, ATTENTION, SKIP)
-
-
-def published_fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """The 8 of that count: it takes x to be free in the fused pass."""
-    free_x = ("attention + skip", "q k v", "out")
-    return _passes(batch * tokens * channels * itemsize, PROJECTION, free_x)
-
-
-def honest_fused(batch: int, tokens: int, channels: int, itemsize: int = 2) -> list[Pass]:
-    """The same pipeline with x read again where it is used: 9."""
-    return _passes(batch * tokens * channels * itemsize, PROJECTION, FUSED)
+published_two_pass = _layer("published_two_pass", PROJECTION, ATTENTION, SKIP)
+published_fused = _layer("published_fused", PROJECTION, ("attention + skip", "q k v", "out"))
+honest_fused = _layer("honest_fused", PROJECTION, FUSED)
 
 
 def _passes(

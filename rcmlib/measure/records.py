@@ -1,7 +1,5 @@
-"""Measurement records: JSON files with the numbers, and where they come from.
-
-`python -m benchmarks` writes them. Each names its machine, its driver and its commit.
-"""
+"""Measurement records: JSON files that `python -m benchmarks` writes, with the numbers and
+where they come from: machine, driver, commit."""
 
 import json
 from pathlib import Path
@@ -37,8 +35,7 @@ class Records:
 
     def ratio(self, name: str, case_name: str, slow: str, fast: str) -> float:
         """How many times faster `fast` is than `slow` (below 1: it is slower)."""
-        before, after = (self.median_ms(name, case_name, n) for n in (slow, fast))
-        return before / after
+        return self.median_ms(name, case_name, slow) / self.median_ms(name, case_name, fast)
 
     def error(self, name: str, case_name: str, label: str, measure: str) -> float:
         """An implementation's distance from float64: cosine, relative_l1 or relative_l2."""
@@ -47,10 +44,8 @@ class Records:
     def machine(self, name: str = "attention") -> str:
         """Where a record was taken, in one line."""
         p = self.record(name)["provenance"]
-        return (
-            f"{p['device']}, driver {p['driver']}, torch {p['torch']}, "
-            f"Triton {p['triton']}, cuDNN {p['cudnn']}"
-        )
+        versions = ("driver", "torch", "Triton", "cuDNN")
+        return ", ".join([p["device"], *(f"{v} {p[v.lower()]}" for v in versions)])
 
 
 def fastest(case: dict, labels: tuple[str, ...]) -> str | None:

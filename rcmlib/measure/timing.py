@@ -1,7 +1,5 @@
-"""GPU times with CUDA events: cold L2, a full queue, medians with their spread.
-
-`compare` times several functions, interleaved; `peak_bytes` is the memory of one call.
-"""
+"""GPU times of several functions (`compare`), with CUDA events: interleaved, cold L2, a full
+queue, medians with their spread; and the memory of one call (`peak_bytes`)."""
 
 import gc
 import random
@@ -102,16 +100,12 @@ def _warm_up(fn: Callable[[], object], clock: Clock) -> float:
     """Calls fn until it has compiled and allocated; about how long a call takes, in ms."""
     fn()
     (took,) = clock.samples(fn, 1)
-    if took > LONG_MS:
-        return took
-    return min(took, *clock.samples(fn, 1))
+    return took if took > LONG_MS else min(took, *clock.samples(fn, 1))
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
-    """The most memory that one call holds at a time, above what exists before it.
-
-    fn has to have run once before: a first call also compiles and keeps workspaces.
-    """
+    """The most bytes that one call holds at a time, above what exists before it. fn has to
+    have run once before: a first call also compiles and keeps workspaces."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -140,8 +134,7 @@ def free() -> None:
 
 def _release() -> None:
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # without a GPU: nothing
 
 
 def reason(error: Exception) -> str:

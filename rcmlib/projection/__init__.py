@@ -30,13 +30,7 @@ def rcm_projection(
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     Specification: `rcmlib.reference.rcm_projection`. Equation: rCM, arXiv 2510.08431.
     """
-    arguments = (a, weight, bias, x, c_skip, c_out)
-    plan = known("rcm_projection", arguments, False)
-    if plan is not None:
-        return _launch_projection(*arguments, False, plan)[0]
-    a, weight, bias = checks.autocast(a, weight, bias)
-    _check_projection(a, weight, bias, x)
-    return _project(a, weight, bias, x, *checks.coefficients(c_skip, c_out, x))
+    return _call("rcm_projection", (a, weight, bias, x, c_skip, c_out))
 
 
 def gated_projection(
@@ -50,20 +44,21 @@ def gated_projection(
     result is x, bit for bit. A call that wants the gate's gradient saves F.
     Specification: `rcmlib.reference.gated_projection`.
     """
-    arguments = (a, weight, bias, x, 1.0, gate)
-    plan = known("gated_projection", arguments, False)
+    return _call("gated_projection", (a, weight, bias, x, 1.0, gate))
+
+
+def _call(kind: str, arguments: tuple) -> Tensor:
+    plan = known(kind, arguments, False)
     if plan is not None:
         return _launch_projection(*arguments, False, plan)[0]
+    a, weight, bias, x, c_skip, c_out = arguments
     a, weight, bias = checks.autocast(a, weight, bias)
     _check_projection(a, weight, bias, x)
-    checks.tensor("gate", gate, rank=None)
-    checks.residual("gate", gate, "a", a)
-    checks.shape("gate", gate, ("be [B, C] =", x.shape[::2]), ("[B, N, C] =", x.shape))
-    checks.contiguous_rows("gate", gate)
-    return _project(a, weight, bias, x, None, gate)
-
-
-def _project(a, weight, bias, x, c_skip, c_out) -> Tensor:
+    if kind == "rcm_projection":
+        c_skip, c_out = checks.coefficients(c_skip, c_out, x)
+    else:
+        _check_gate(c_out, a, x)
+        c_skip = None
     arguments = (a, weight, bias, x, c_skip, c_out, gradients.wants_grad(c_out))
     if gradients.wants_grad(*arguments[:6]):
         return _Projection.apply(*arguments)[0]
@@ -91,6 +86,13 @@ def _check_projection(a, weight, bias, x) -> None:
             checks.contiguous_rows(name, t)
 
 
+def _check_gate(gate, a, x) -> None:
+    checks.tensor("gate", gate, rank=None)
+    checks.residual("gate", gate, "a", a)
+    checks.shape("gate", gate, ("be [B, C] =", x.shape[::2]), ("[B, N, C] =", x.shape))
+    checks.contiguous_rows("gate", gate)
+
+
 # ---- the registered operators: torch.compile and opcheck see these ----
 
 
@@ -102,15 +104,12 @@ def _projection(
     """(out, f); f is empty unless save_f. c_out may be a gate; c_skip None is 1."""
     check_device("a", a.device)
     c = checks.as_launched(c_skip, c_out, default=1.0)
-    return _launch_projection(a, weight, bias, x, *c, save_f, None)
+    return _launch_projection(a, weight, bias, x, *c, save_f)
 
 
-def _launch_projection(
-    a, weight, bias, x, c_skip, c_out, save_f, plan
-) -> tuple[Tensor, Tensor]:
+def _launch_projection(a, weight, bias, x, *arguments) -> tuple[Tensor, Tensor]:
     projection_forward = load("rcmlib.projection.kernel").projection_forward
-    arguments = (a, weight, bias, x, c_skip, c_out, save_f, plan)
-    return run_on_device(projection_forward, (x.dtype, a.dtype), *arguments)
+    return run_on_device(projection_forward, (x.dtype, a.dtype), a, weight, bias, x, *arguments)
 
 
 @torch.library.register_fake("rcmlib::projection")
@@ -131,10 +130,6 @@ def _gate_backward(
 def _(grad, f, gate, df_dtype):
     df = grad.new_empty(grad.shape if df_dtype else (0,), dtype=df_dtype or grad.dtype)
     return df, gate.new_empty(gate.shape if f is not None else (0,))
-
-
-def _rows(t: Tensor) -> Tensor:  # [B, N, C] -> [B·N, C]; batched gradients know no flatten
-    return t.reshape(-1, t.shape[-1])
 
 
 @gradients.count_flops("projection")
@@ -179,9 +174,10 @@ class _Projection(torch.autograd.Function):
         else:  # a gate
             dx = grad
             df, dc_out = torch.ops.rcmlib.gate_backward(grad, f, c_out, f_dtype)
+        # Batched gradients know reshape, but no flatten.
         return (
             df @ weight if needed[0] else None,
-            _rows(df).mT @ _rows(a) if needed[1] else None,
+            df.reshape(-1, df.shape[-1]).mT @ a.reshape(-1, a.shape[-1]) if needed[1] else None,
             df.sum((0, 1)) if needed[2] else None,
             dx if needed[3] else None,
             gradients.coefficient_grad(x_dots, c_skip) if needed[4] else None,

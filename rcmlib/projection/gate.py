@@ -70,10 +70,8 @@ def gate_backward_plan(grad: torch.Tensor, gate: torch.Tensor) -> launch.Plan:
 
 
 def gate_backward(grad, f, gate, df_dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(df, dgate) from g = grad [B, N, C], f (contiguous) and the gate; empty if not asked for.
-
-    df is computed if its dtype is given, dgate, in the gate's shape and dtype, if f is.
-    """
+    """(df, dgate) from g = grad [B, N, C], f (contiguous) and the gate. df is computed if its
+    dtype is given, dgate, in the gate's shape and dtype, if f is; else they are empty."""
     batch, rows, cols = grad.shape
     per_token = gate.ndim == 3
     df = launch.result(grad, grad.shape, df_dtype, df_dtype)

@@ -194,13 +194,9 @@ def projection_kernel(a, weight, bias, x, out, f, c_skip, c_out,
 
 
 def choose_projection_tile(
-    rows: int,
-    cols: int,
-    depth: int,
-    gated: bool,
-    dtype: torch.dtype,
+    rows: int, cols: int, depth: int, gated: bool, dtype: torch.dtype,
     capability: tuple[int, int],
-) -> ProjectionTile:
+) -> ProjectionTile:  # fmt: skip
     """The tile for a [rows, depth] × [depth, cols] product on a GPU of this architecture.
 
     gated: c_out is a tile, which wants registers. Every line compiles without spills
@@ -219,14 +215,12 @@ def choose_projection_tile(
         # Large tiles read less. But with fewer than two of them an SM, some SMs idle: then
         # smaller ones, and if the product is short, three on an SM, one of which
         # multiplies while another ends.
-        if rows * cols < 2 * 132 * 128 * 256:
-            if depth < 2048:
-                parts = 2 if gated else 1  # at most 168 registers, or only two fit
-                return ProjectionTile(64, 128, 64, num_warps=4, num_stages=3, parts=parts)
-            return ProjectionTile(
-                128, 128, 64, num_warps=8, num_stages=4, parts=4, persistent=True
-            )
-        return ProjectionTile(128, 256, 64, num_warps=8, num_stages=3, parts=4, persistent=True)
+        few = rows * cols < 2 * 132 * 128 * 256
+        if few and depth < 2048:
+            parts = 2 if gated else 1  # at most 168 registers, or only two fit
+            return ProjectionTile(64, 128, 64, num_warps=4, num_stages=3, parts=parts)
+        n, stages = (128, 4) if few else (256, 3)
+        return ProjectionTile(128, n, 64, 8, num_stages=stages, parts=4, persistent=True)
     return ProjectionTile(128, 128, 32, num_warps=8, num_stages=3, parts=4)
 
 

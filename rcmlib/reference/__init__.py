@@ -46,15 +46,9 @@ def skip(x: Tensor, f: Tensor, c_skip: float | Tensor, c_out: float | Tensor) ->
 
 
 def rcm_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    c_skip: float | Tensor,
-    c_out: float | Tensor,
-    scale: float | None = None,
-    is_causal: bool = False,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, c_skip: float | Tensor, c_out: float | Tensor,
+    scale: float | None = None, is_causal: bool = False,
+) -> Tensor:  # fmt: skip
     """c_skip·x + c_out·merge_heads(attention(q, k, v)) in float64; x, result [B, Nq, H·D]."""
     return skip(x, merge_heads(attention(q, k, v, scale, is_causal)), c_skip, c_out)
 
@@ -71,16 +65,9 @@ class Gradients(NamedTuple):
 
 
 def rcm_attention_backward(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor,
-    c_skip: float | Tensor,
-    c_out: float | Tensor,
-    scale: float | None = None,
-    is_causal: bool = False,
-) -> Gradients:
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, c_skip: float | Tensor,
+    c_out: float | Tensor, scale: float | None = None, is_causal: bool = False,
+) -> Gradients:  # fmt: skip
     """The gradients of `rcm_attention` for g = ∂L/∂out [B, Nq, H·D], by their formulas.
 
     Written out, rather than left to autograd, because these are the lines that the kernels
@@ -111,13 +98,9 @@ def projection(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rcm_projection(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    c_skip: float | Tensor,
+    a: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, c_skip: float | Tensor,
     c_out: float | Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """c_skip·x + c_out·(a Wᵀ + bias) in float64; x, result [B, N, C]."""
     return skip(x, projection(a, weight, bias), c_skip, c_out)
 

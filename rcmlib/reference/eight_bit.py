@@ -18,8 +18,7 @@ TOKEN_ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 
 def column_mean(t: Tensor) -> Tensor:
     """What smoothing takes off t [B, H, N, D], float32 [B, H, D]: the mean over the tokens,
-    or 0 in channels where it makes a sample of 128 tokens a quarter larger or more.
-    """
+    or 0 in channels where it makes a sample of 128 tokens a quarter larger or more."""
     mean = (t.sum(2, dtype=torch.float64) / t.shape[2]).float()
     i, stretch = torch.arange(128, device=t.device), -(-t.shape[2] // 128)
     rows = i * stretch + i * 40507 % stretch  # a video's columns come back at equal distances
@@ -46,7 +45,7 @@ def quantize_int8(
 
 def dequantize_int8(t8: Tensor, scale: Tensor) -> Tensor:
     """int8 · scale in float64; scale [B, H, groups] as `quantize_int8` returns it."""
-    group = _group_size(t8.shape[2], scale.shape[2])
+    group = 1 << (-(-t8.shape[2] // scale.shape[2]) - 1).bit_length()  # a power of two
     rows = scale.double().repeat_interleave(group, 2)[:, :, : t8.shape[2]]
     return t8.double() * rows[..., None]
 
@@ -57,15 +56,11 @@ def column_top(v: Tensor, mean: Tensor | None = None) -> Tensor:
 
 
 def quantize_values(
-    v: Tensor,
-    limit: float = E4M3_MAX,
-    mean: Tensor | None = None,
+    v: Tensor, limit: float = E4M3_MAX, mean: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """v − mean [B, H, N, D] as (v8 in `dtype`, scale [B, H, D]): v8·scale ≈ v − mean.
-
-    The largest |v − mean| of a channel becomes `limit`.
-    """
+    The largest |v − mean| of a channel becomes `limit`."""
     top = column_top(v, mean)
     scaled = _centred(v, mean) * _divide(limit, top)[:, :, None]
     return scaled.to(dtype), top * torch.tensor(1 / limit)
@@ -97,21 +92,11 @@ def short_sum(a: Tensor, b: Tensor, acc: Tensor, bits: int = 13, step: int = 32)
 
 
 def sage_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    is_causal: bool = False,
-    *,
-    smooth_k: bool = True,
-    smooth_v: bool = True,
-    q_group: int | None = 1,
-    k_group: int | None = 128,
-    fp8_p: bool = True,
-    fp8_v: bool = True,
-    sums: str | None = "fp8",
-    block_n: int = 128,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causal: bool = False, *,
+    smooth_k: bool = True, smooth_v: bool = True, q_group: int | None = 1,
+    k_group: int | None = 128, fp8_p: bool = True, fp8_v: bool = True,
+    sums: str | None = "fp8", block_n: int = 128,
+) -> Tensor:  # fmt: skip
     """softmax(q kᵀ·scale) v with the kernel's roundings, float64 [B, H, Nq, D].
 
     q_group, k_group: tokens that share an INT8 scale; None leaves q or k unrounded.
@@ -188,11 +173,3 @@ def _groups(t: Tensor, group: int) -> Tensor:
     """[B, H, N, D] as [B, H, groups, group, D]; zeros fill the last group."""
     missing = -t.shape[2] % group
     return torch.nn.functional.pad(t, (0, 0, 0, missing)).unflatten(2, (-1, group))
-
-
-def _group_size(length: int, groups: int) -> int:
-    """The power of two of which `groups` cover `length` tokens."""
-    group = 1
-    while -(-length // group) > groups:
-        group *= 2
-    return group

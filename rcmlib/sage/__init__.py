@@ -1,11 +1,9 @@
 """`rcm_sage_attention` and plain `sage_attention`: 8-bit operands, no gradients."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from rcmlib.attention import check_attention, check_attention_residual, check_scale
+from rcmlib import attention
 from rcmlib.core import check_device, checks, device_capability, gradients, load
 from rcmlib.core.launch import known, run_on_device
 
@@ -65,17 +63,17 @@ def _call(kind, arguments, scale, is_causal, smooth, pv) -> Tensor:
     q, k, v, x, *c = arguments
     options = (is_causal, *smooth.values(), _check_pv(pv, q))
     if known(kind, arguments, *options) is not None:
-        return _launch_sage(*arguments, check_scale(scale, q), *options)
+        return _launch_sage(*arguments, attention.check_scale(scale, q), *options)
     if gradients.wants_grad(*(a for a in arguments if isinstance(a, Tensor))):
         raise RuntimeError(
             "rcm_sage_attention has no gradients, and an argument requires one; call it under "
             "torch.no_grad(), or train with rcm_attention"
         )
     q, k, v = checks.autocast(q, k, v)
-    check_attention(q, k, v, is_causal)
-    scale = check_scale(scale, q)
+    attention.check_attention(q, k, v, is_causal)
+    scale = attention.check_scale(scale, q)
     if kind == "rcm_sage_attention":
-        check_attention_residual(x, q)
+        attention.check_attention_residual(x, q)
         c = checks.coefficients(*c, x)
     for name, value in smooth.items():
         if not isinstance(value, bool):
@@ -119,13 +117,5 @@ def _launch_sage(q, k, v, x, *arguments) -> Tensor:
     return run_on_device(sage_attention_forward, [dtype], q, k, v, x, *arguments)
 
 
-@torch.library.register_fake("rcmlib::sage_attention")
-def _(q, k, v, x, c_skip, c_out, scale, is_causal, smooth_q, smooth_k, smooth_v, pv):
-    batch, heads, q_len, head_dim = q.shape
-    like = q if x is None else x
-    return like.new_empty(batch, q_len, heads * head_dim)
-
-
-@gradients.count_flops("sage_attention")
-def _(q, k, *_, **__):
-    return 4 * math.prod(q) * k[2]
+torch.library.register_fake("rcmlib::sage_attention")(attention.empty_result)
+gradients.count_flops("sage_attention")(attention.two_products)

@@ -128,10 +128,8 @@ def columns_plans(t: torch.Tensor, smooth: bool) -> tuple[launch.Plan, launch.Pl
 
 
 def column_statistics(t: torch.Tensor, smooth: bool, ranged: bool) -> ColumnStatistics:
-    """The mean of t's tokens (if `smooth`) and their largest distance from it (if `ranged`).
-
-    Exact, and so the same on every device, where float64 holds the sum exactly.
-    """
+    """The mean of t's tokens (if `smooth`) and their largest distance from it (if `ranged`):
+    exact, so the same on every device, where float64 holds the sum exactly."""
     if not (smooth or ranged):
         return ColumnStatistics(None, None)
     batch, heads, _, dim = t.shape

@@ -254,13 +254,11 @@ def sage_plan(
     capability = device_capability(q.device)
     tile = choose_sage_tile(head_dim, pv, capability)
     tma = copy_engine(torch.int8, capability)
-    boxes = ()
-    if tma:
-        # What one copy brings, of q, k and v seen as matrices.
-        m, n = tile.block_m, tile.block_n
-        v_box = [n, block_d] if pv == "fp16" else [block_d, n]
-        blocks = ([m, block_d], [n, block_d], v_box)
-        boxes = tuple(map(launch.box_of_matrix, (q, k, v), blocks))
+    m, n = tile.block_m, tile.block_n
+    # What one copy brings, of q, k and v seen as matrices: all rows below one another.
+    blocks = [m, block_d], [n, block_d], [n, block_d] if pv == "fp16" else [block_d, n]
+    matrices = zip((t.flatten(0, -2) for t in (q, k, v)), blocks, strict=True)
+    boxes = tuple((list(t.shape), list(t.stride()), block) for t, block in matrices)
     how = SageVariant(
         **vars(tile), head_dim=head_dim, block_d=block_d, tma=tma, causal=is_causal,
         ragged=kv_len % tile.block_n != 0, per_sample=per_sample,
@@ -271,7 +269,7 @@ def sage_plan(
     return launch.Plan(
         sage_attention_kernel, batch * heads * triton.cdiv(q_len, tile.block_m),
         heads, q_len, kv_len, q_padded, kv_padded,
-        (0, 0) if x is None else x.stride()[:2], HOW=how, boxes=boxes,
+        (0, 0) if x is None else x.stride()[:2], HOW=how, boxes=boxes if tma else (),
     )  # fmt: skip
 
 

@@ -168,9 +168,7 @@ def quantize_values(
     v: torch.Tensor, limit: float, top: torch.Tensor, mean: torch.Tensor | None, fp8: bool
 ) -> torch.Tensor:
     """(v − mean)·limit/top: FP8 E4M3 [B, H, BLOCK_D, ⌈N⌉] in TOKEN_ORDER, or float16 as v is.
-
-    Multiply by top/limit to have v − mean back.
-    """
+    Times top/limit it is v − mean again."""
     batch, heads, length, dim = v.shape
     padded, block_d = padded_length(length), padded_dim(dim)
     shape = (block_d, padded) if fp8 else (padded, block_d)

@@ -13,6 +13,7 @@ HBM: forward reads x and f once and writes out once, backward reads g and writes
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rcmlib.core import launch
 from rcmlib.core.epilogue import load_coefficient, skip_epilogue
@@ -80,7 +81,7 @@ def skip_backward_kernel(grad, x, f, dx, df, x_dots, f_dots, c_skip, c_out, rows
         tl.store(f_dots + dots_here, tl.sum(g * f_tile, 1), r < rows)
 
 
-def skip_plan(x: torch.Tensor, f: torch.Tensor, per_sample: bool) -> launch.Plan:
+def skip_plan(x: Tensor, f: Tensor, per_sample: bool) -> launch.Plan:
     """The launch of `skip_kernel` for tensors like these."""
     if x.is_contiguous() and f.is_contiguous():  # one row a sample: every tile is full
         x, f = (t.view(t.shape[0], 1, -1) for t in (x, f))
@@ -122,9 +123,7 @@ def skip_backward_plan(grad, x, f, width: int | None, per_sample: bool) -> launc
     )  # fmt: skip
 
 
-def skip_backward(
-    grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype
-) -> tuple[torch.Tensor, ...]:
+def skip_backward(grad, x, f, c_skip, c_out, width, dx_dtype, df_dtype) -> tuple[Tensor, ...]:
     """(dx, df, x_dots, f_dots) from g = grad, x, f [B, R, C]; empty where not asked for.
 
     dx and df are computed if their dtype is given, the dots of g with x and f if those are
@@ -143,7 +142,7 @@ def skip_backward(
     return results
 
 
-def skip_results(grad, x, f, width, dx_dtype, df_dtype) -> tuple[torch.Tensor, ...]:
+def skip_results(grad, x, f, width, dx_dtype, df_dtype) -> tuple[Tensor, ...]:
     """What `skip_backward` fills."""
     batch, rows, cols = grad.shape
     dots = batch, triton.cdiv(cols, width or block_of(rows, cols)[1]), rows
