@@ -64,12 +64,6 @@ class _RCMAttention(nn.Module):
         c_skip, c_out = (torch.as_tensor(c, dtype=x.dtype, device=x.device) for c in exact)
         return c_skip.view(-1, 1, 1), c_out.view(-1, 1, 1)
 
-    def add_skip(self, attended: Tensor, x: Tensor, t: float | Tensor) -> Tensor:
-        """c_skip·x + c_out·proj(attended) in PyTorch; both [B, N, dim]."""
-        f = self.proj(attended)
-        c_skip, c_out = self.coefficients(x, t)
-        return c_skip * x + c_out * f
-
 
 class BaselineRCMAttention(_RCMAttention):
     """The two-pass baseline: attention and projection write F, then the skip reads it back.
@@ -92,7 +86,9 @@ class BaselineRCMAttention(_RCMAttention):
             attended = torch.softmax(scores, dim=-1) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
-        return self.add_skip(attended.transpose(1, 2).flatten(2), x, t)
+        f = self.proj(attended.transpose(1, 2).reshape(x.shape))
+        c_skip, c_out = self.coefficients(x, t)
+        return c_skip * x + c_out * f
 
 
 class FusedRCMAttention(_RCMAttention):
@@ -133,16 +129,19 @@ class TritonFusedRCMAttention(_RCMAttention):
     def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
         """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
         q, k, v = self.heads(x)
-        if x.numel() == 0:
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            return self.add_skip(attended, x, t)
-        c_skip, c_out, *_ = self.exact_coefficients(x, t)
         if self.proj is None:
+            c_skip, c_out, *_ = self.exact_coefficients(x, t)
             return rcm_attention(q, k, v, x, c_skip, c_out)
-        attended = attention(q, k, v)
-        if why_called(self.proj, nn.Linear):
-            return self.add_skip(attended, x, t)
-        return rcm_projection(attended, self.proj.weight, self.proj.bias, x, c_skip, c_out)
+        if x.numel() == 0:  # nothing to launch
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        else:
+            attended = attention(q, k, v)
+            if not why_called(self.proj, nn.Linear):
+                c_skip, c_out, *_ = self.exact_coefficients(x, t)
+                weight, bias = self.proj.weight, self.proj.bias
+                return rcm_projection(attended, weight, bias, x, c_skip, c_out)
+        c_skip, c_out = self.coefficients(x, t)
+        return c_skip * x + c_out * self.proj(attended)
 
 
 class TransformerBlock(nn.Module):

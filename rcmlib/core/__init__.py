@@ -1,4 +1,4 @@
-"""What the operations share. This page knows where the kernels can run. It imports no Triton:
+"""What the operations share. This page knows where the kernels can run. It needs no Triton:
 what is plain PyTorch works without, and the first launch imports the kernels' files."""
 
 import functools
