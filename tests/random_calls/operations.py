@@ -104,8 +104,9 @@ def eight_bit_model(q, k, v, pv, smooth_q, **options):
     pv = pv or "fp8"
     block_n = choose_sage_tile(q.shape[-1], pv, device_capability(q.device)).block_n
     fp8 = pv != "fp16"
-    model = eight_bit.sage_attention(
-        q, k, v, fp8_p=fp8, fp8_v=fp8, sums=pv if pv == "fp8_fp16" else "fp8",
+    sums = pv if pv == "fp8_fp16" or (pv == "fp8_short" and q.is_cuda) else "fp8"
+    model = eight_bit.sage_attention(  # the interpreter's sums are never short
+        q, k, v, fp8_p=fp8, fp8_v=fp8, sums=sums,
         k_group=block_n, block_n=block_n, **options,
     )  # fmt: skip
     return reference.merge_heads(model).to(q.dtype)
