@@ -17,10 +17,8 @@ import torch
 
 
 class Coefficients(NamedTuple):
-    """c_skip, c_out, c_in, c_noise: floats, or float64 tensors of t's shape and device.
-
-    Inside torch.compile a number t gives tensors too, of shape [] on the CPU.
-    """
+    """c_skip, c_out, c_in, c_noise: floats, or float64 tensors of t's shape and device. (Inside
+    torch.compile a number t gives tensors, too: of shape [], on the CPU.)"""
 
     c_skip: float | torch.Tensor
     c_out: float | torch.Tensor
@@ -82,8 +80,10 @@ def _float64(t: float | torch.Tensor, upper: float) -> torch.Tensor:
         if t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t must hold real numbers, got dtype {t.dtype}")
         return t.double()
-    # A product: a compiled graph keeps t open. Any other way it is made anew for each number.
-    return torch.ones((), dtype=torch.float64, device="cpu") * check_number(t, upper)
+    check_number(t, upper)
+    if torch.compiler.is_compiling():  # a product keeps t open: else a graph for each number
+        return torch.ones((), dtype=torch.float64, device="cpu") * t
+    return torch.tensor(t, dtype=torch.float64, device="cpu")
 
 
 def check_number(t: float, upper: float = math.inf) -> float:

@@ -115,7 +115,7 @@ class TritonFusedRCMAttention(_RCMAttention):
     The coefficients reach the kernels in float64, whatever x's dtype; PyTorch's modules
     round them to it. Differentiable in x, t and the parameters. Head dimensions 16 … 256;
     float32, float16 or bfloat16, or float32 inside torch.autocast. Where `proj` is more than a
-    plain Linear (an adapter, a hook, a quantised weight) it is called, and the skip follows.
+    plain Linear (an adapter, a hook, a quantised weight) it is called, then PyTorch's skip.
     """
 
     def __init__(
@@ -129,19 +129,18 @@ class TritonFusedRCMAttention(_RCMAttention):
     def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
         """x [B, N, dim], noise level t (a number or [B]) -> [B, N, dim]."""
         q, k, v = self.heads(x)
-        if self.proj is None:
-            c_skip, c_out, *_ = self.exact_coefficients(x, t)
-            return rcm_attention(q, k, v, x, c_skip, c_out)
+        c_skip, c_out, *_ = self.exact_coefficients(x, t)
         if x.numel() == 0:  # nothing to launch
             attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        elif self.proj is None:
+            return rcm_attention(q, k, v, x, c_skip, c_out)
         else:
             attended = attention(q, k, v)
             if not why_called(self.proj, nn.Linear):
-                c_skip, c_out, *_ = self.exact_coefficients(x, t)
                 weight, bias = self.proj.weight, self.proj.bias
                 return rcm_projection(attended, weight, bias, x, c_skip, c_out)
         c_skip, c_out = self.coefficients(x, t)
-        return c_skip * x + c_out * self.proj(attended)
+        return c_skip * x + c_out * (attended if self.proj is None else self.proj(attended))
 
 
 class TransformerBlock(nn.Module):

@@ -63,6 +63,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class WanRMSNorm(nn.RMSNorm):
     """x / √(mean x² + eps) · weight over all of dim; the norm is taken in float32 or wider."""
 
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__(dim, eps)
+
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight

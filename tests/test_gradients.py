@@ -1,5 +1,7 @@
 """rcm_attention's gradients against float64."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -271,3 +273,20 @@ def test_offsets_beyond_two_to_the_31_elements(gpu_memory):
     peer = gradients(lambda *a: torch_attention(*a, *inputs[3:]), last, g)
     for a, b, c in zip(ours, ref[:3], peer, strict=True):
         assert_close(a, b, c)
+
+
+@pytest.mark.parametrize("c_out", [0.5, -0.02])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_float16_rows_beside_a_much_larger_gradient_keep_their_digits(
+    c_out, scale, device
+):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 64, 64, device=device).half()
+    x = torch.zeros(1, 64, 128, device=device).half()
+    g = scale * torch.randn(1, 64, 128, device=device)
+    g[:, 1:] /= 1000
+    function = functools.partial(rcmlib.rcm_attention, x=x, c_skip=1.0, c_out=c_out)
+    exact = functools.partial(reference.rcm_attention, x=x, c_skip=1.0, c_out=c_out)
+    (dq, *_) = gradients(function, (q, k, v), g.half())
+    (ref, *_) = gradients(exact, [t.double() for t in (q, k, v)], g.half().double())
+    assert reference.relative_l2(dq[:, :, 1:], ref[:, :, 1:]) <= 2.0**-9

@@ -11,11 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize, prune
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,11 +127,14 @@ def cuda_graphs(device):
     for name, function in functions.items():
         torch.compiler.reset()
         compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
-        for t in 2 * [0.1, torch.tensor(0.2), torch.tensor(0.3, device=device), 0.4]:
+        for t in 3 * [0.1, torch.tensor(0.2), torch.tensor(0.3, device=device), 0.4]:
             torch.compiler.cudagraph_mark_step_begin()
-            with torch.no_grad():
-                error = reference.relative_l2(compiled(t), function(t))
+            with torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as seen:
+                out = compiled(t).clone()
+                torch.cuda.synchronize()
+            error = reference.relative_l2(out, function(t))
             assert error < (1e-1 if "sage" in name else 1e-5), name
+        assert any("GraphLaunch" in event.key for event in seen.key_averages()), name
     torch.compiler.reset()
     compiled = torch.compile(layer, mode="reduce-overhead")
     for _ in range(4):
@@ -209,13 +216,33 @@ def attachments(device):
             (rcmlib.FusedRCMAttention(32, 2).to(device), "", "proj", (x, t)),
             (copy.deepcopy(block), "self_attn", "o", (h, e, GRID)),
         ):
-            fused = copy.deepcopy(model)
-            fuse(fused)
-            for m in (model, fused):
-                attach(m.get_submodule(owner), name)
-            torch.testing.assert_close(fused(*inputs), model(*inputs))
-            fused(*inputs).sum().backward()
-            assert all(p.grad is not None for p in fused.parameters())
+            early, late = copy.deepcopy(model), copy.deepcopy(model)
+            attach(model.get_submodule(owner), name)
+            attach(early.get_submodule(owner), name)
+            fuse(early)
+            fuse(late)
+            attach(late.get_submodule(owner), name)
+            for fused in (early, late):
+                torch.testing.assert_close(fused(*inputs), model(*inputs))
+                fused(*inputs).sum().backward()
+                assert all(p.grad is not None for p in fused.parameters())
+
+
+@proves("adapters, pruning and a replaced `forward` on a layer of a compiled model")
+def attached_after_compiling(device):
+    x, t = torch.randn(2, 6, 32, device=device), torch.rand(2, device=device)
+    for attach in (
+        lambda layer: prune.l1_unstructured(layer.proj, "weight", 0.5),
+        lambda layer: setattr(layer, "proj", nn.Sequential(layer.proj, nn.Tanh())),
+        lambda layer: setattr(layer.proj, "forward", lambda y: 0 * y),
+    ):
+        torch.compiler.reset()
+        layer = rcmlib.TritonFusedRCMAttention(32, 2).to(device)
+        compiled = torch.compile(layer, backend="eager")
+        before = compiled(x, t)
+        attach(layer)
+        torch.testing.assert_close(compiled(x, t), layer(x, t))
+        assert not torch.allclose(before, layer(x, t))
 
 
 @proves("`fuse` and `unfuse` of a model that `torch.compile` has compiled already")
@@ -274,6 +301,8 @@ def empty_batch(device):
             == layer(x, torch.rand(0, device=device)).shape
             == x.shape
         )
+    layer = rcmlib.TritonFusedRCMAttention(32, 2, out_proj=False).to(device)
+    assert layer(x, 0.5).shape == x.shape
     block, h, e = wan(device)
     fuse(block)
     assert block(h[:0], e[:0], GRID).shape == (0, 6, 32)
@@ -412,8 +441,13 @@ for dtype in (torch.float32, torch.bfloat16):
     assert reference.relative_l2(out, reference.rcm_attention(q, k, v, x, c, c)) < 1e-2
 """
     done = python(code, TRITON_INTERPRET="1")
-    refused = "interpreter needs NumPy below 2.4" in done.stderr
-    assert done.returncode == 0 or refused, done.stderr
+    if (
+        triton.__version__.startswith("3.6.")
+        and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+    ):
+        assert "interpreter needs NumPy below 2.4" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 @proves("`torch.utils.flop_counter` counts our products as PyTorch's")
@@ -431,6 +465,9 @@ def flops(device):
                 out.sum().backward()
         return counter.get_total_flops()
 
+    with FakeTensorMode():
+        layer, y_fake = rcmlib.TritonFusedRCMAttention(32, 2), torch.randn(2, 6, 32)
+        assert counted(lambda y: layer(y, 0.5), y_fake) == 4 * 2 * 6 * 32 * (6 + 2 * 32)
     assert counted(rcmlib.rcm_attention, q, k, v, x, *c) == products
     assert counted(attention, q, k, v) == products
     assert counted(rcmlib.rcm_sage_attention, q, k, v, x, *c) == products

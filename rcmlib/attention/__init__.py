@@ -217,12 +217,12 @@ class _Attention(torch.autograd.Function):
         heads_wanted = any(ctx.needs_input_grad[:3])
         skip, out, unit = c_skip, c_out, None
         if heads_wanted and c_out is not None and q.dtype == torch.float16:
-            # g, or a product with it, may overflow where c_out·g does not. So it is brought
-            # near 1 by a power of two a sample, which leaves all its digits as they are.
-            unit = gradients.power_near_one(grad)
+            # g, or a product with it, may overflow where c_out·g does not. So a power of two
+            # a sample, which rounds nothing, goes first, and c_out's remainder at the end.
             skip, out = (gradients.per_sample(c, grad) for c in (c_skip, c_out))
+            unit = gradients.power_of_two(grad, out)
         # One pass over g: dx, unit·g, the sums g·x, and δ, one number a row and head.
-        dx, near_one, x_dots, delta = torch.ops.rcmlib.skip_backward(
+        dx, scaled, x_dots, delta = torch.ops.rcmlib.skip_backward(
             grad, x, f, skip, out if unit is None else unit, q.shape[-1],
             ctx.residual if dx_wanted else None, None if unit is None else q.dtype,
         )  # fmt: skip
@@ -230,7 +230,7 @@ class _Attention(torch.autograd.Function):
         if heads_wanted:
             g = (grad.to(q.dtype), delta, out)
             if unit is not None:
-                g = (near_one, (unit.view(-1, 1, 1) * delta).float(), out / unit)
+                g = (scaled, (unit.view(-1, 1, 1) * delta).float(), out / unit)
             dq, dk, dv = torch.ops.rcmlib.attention_backward(
                 g[0], q, k, v, lse, *g[1:], ctx.scale, ctx.is_causal
             )

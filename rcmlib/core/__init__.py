@@ -45,7 +45,8 @@ def interpreting() -> bool:
     from rcmlib.core.epilogue import skip_epilogue
 
     interpreted = not isinstance(skip_epilogue, triton.JITFunction)
-    if interpreted and triton.__version__ < "3.7" and NumpyVersion(np.__version__) >= "2.4.0":
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if interpreted and version < (3, 7) and NumpyVersion(np.__version__) >= "2.4.0":
         raise RuntimeError(
             f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, here is "
             f"{np.__version__}; pip install 'numpy<2.4', or Triton 3.7 or newer"

@@ -65,11 +65,9 @@ def contiguous_rows(name: str, t: Tensor) -> None:
 
 
 def coefficients(c_skip, c_out, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors of one shape: [B] on x's device, or 0-dimensional on the CPU.
-
-    Constants stay on the CPU, where a launch can read them without waiting for the GPU; but not
-    inside torch.compile, whose CUDA graphs would keep the first call's.
-    """
+    """Two tensors of one shape: [B] on x's device, or 0-dimensional on the CPU, where a launch
+    reads constants without waiting for the GPU; but not inside torch.compile, whose CUDA
+    graphs would keep the first call's."""
     c_skip = _coefficient("c_skip", c_skip, x)
     c_out = _coefficient("c_out", c_out, x)
     both = (c_skip, c_out)
@@ -126,14 +124,14 @@ def why_called(part: nn.Module | None, expected: type[nn.Module], name: str = "i
         return f"{name} is {came}, not a plain {expected.__name__}"
     if any(getattr(part, hooks) for hooks in HOOKS) or _has_any_global_hook():
         return f"a hook on {name} would no longer run"
-    if "forward" in part.__dict__:
+    if part.forward != expected.forward.__get__(part):  # a comparison that torch.compile guards
         return f"{name}.forward was replaced on the instance"
-    if expected is nn.Linear:
-        kind = type(part.weight)
-        if kind not in PLAIN:
-            return f"{name}.weight is a {kind.__name__}, not a plain tensor"
-        if part.weight.stride(-1) != 1:
-            return f"{name}.weight has rows that are not contiguous"
+    for which in ("weight", "bias") if expected is nn.Linear else ():
+        t = getattr(part, which)
+        if t is not None and type(t) not in PLAIN:
+            return f"{name}.{which} is a {type(t).__name__}, not a plain tensor"
+        if t is not None and (t.layout != torch.strided or t.stride(-1) != 1):
+            return f"{name}.{which} has rows that are not contiguous"
     return ""
 
 

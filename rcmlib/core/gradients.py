@@ -79,15 +79,15 @@ def dense_rows(grad: Tensor) -> Tensor:
 
 def per_sample(c: Tensor, like: Tensor) -> Tensor:
     """A coefficient as [B], on like's device in float64."""
-    return (
-        c.double() if c.ndim else like.new_full(like.shape[:1], c.item(), dtype=torch.float64)
-    )
+    if c.ndim == 0 and like.is_cuda:  # a CUDA graph could not hold its copy
+        return like.new_full(like.shape[:1], c.item(), dtype=torch.float64)
+    return c.to(like.device, torch.float64).expand(like.shape[:1]).contiguous()
 
 
-def power_near_one(grad: Tensor) -> Tensor:
-    """Powers of two [B], float64, that bring each sample's largest |g| to 1 … 2."""
+def power_of_two(grad: Tensor, c_out: Tensor) -> Tensor:
+    """Near |c_out| [B], but such that the largest |power·g| of a sample is 32 to 4096."""
     top = grad.abs().amax((1, 2)).double().clamp_min(2.0**-100)
-    return torch.exp2(-torch.floor(torch.log2(top)))
+    return torch.exp2(torch.floor(torch.log2(c_out.abs().clamp(64 / top, 4096 / top))))
 
 
 def coefficient_grad(dots: Tensor, c: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ checks and dispatcher; unless autograd, a tracer or a profiler wants to see it (
 """
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -208,6 +209,8 @@ def result(like: Tensor, shape, dtype: torch.dtype | None = None, wanted=True) -
 
 
 _INTERPRETER = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child has one thread: nobody would release it
+    os.register_at_fork(after_in_child=_INTERPRETER._at_fork_reinit)
 
 
 def run_on_device(

@@ -18,13 +18,13 @@ TOKEN_ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 
 def column_mean(t: Tensor) -> Tensor:
     """What smoothing takes off t [B, H, N, D], float32 [B, H, D]: the mean over the tokens,
-    or 0 in channels where it makes a sample of 128 tokens a quarter larger or more."""
+    or 0 in channels where it makes most of 128 sampled tokens larger."""
     mean = (t.sum(2, dtype=torch.float64) / t.shape[2]).float()
     i, stretch = torch.arange(128, device=t.device), -(-t.shape[2] // 128)
     rows = i * stretch + i * 40507 % stretch  # a video's columns come back at equal distances
     some = t[:, :, rows[rows < t.shape[2]]].double()
-    moved = (some - mean.double()[:, :, None]).abs().sum(2)
-    return torch.where(moved > 1.25 * some.abs().sum(2), 0.0, mean)
+    moved = (some - mean.double()[:, :, None]).abs().sqrt().sum(2)
+    return torch.where(moved > 1.12 * some.abs().sqrt().sum(2), 0.0, mean)
 
 
 def quantize_int8(

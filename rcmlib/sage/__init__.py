@@ -25,8 +25,8 @@ def rcm_sage_attention(
     FP8 E4M3 (a scale for each channel); the softmax's weights are rounded to FP8 tile by tile.
     smooth_k subtracts k's mean over the tokens first, which changes no weight and removes the
     channel offsets that keys have in practice. smooth_q does so for q and corrects the scores.
-    smooth_v does so for v and adds the mean to the result. Where a few large tokens have moved
-    the mean, so that it would make others a quarter larger or more, 0 takes its place.
+    smooth_v does so for v and adds the mean to the result. Where the mean would make
+    most of 128 sampled tokens larger (a few large ones have moved it), 0 takes its place.
     pv: the number formats of the second product:
       "fp8"       FP8 operands; a tile is summed by the tensor core, tiles in float32
                   (SageAttention2). The default from compute capability 8.9 on.

@@ -2,9 +2,8 @@
 
 t [B, H, N, D], any strides with a contiguous last dimension -> float32 [B, H, BLOCK_D].
 
-A few large tokens move the mean away from all others. Subtracted, it would make those large,
-and their rounding errors with them. So where the mean makes a sample of the tokens larger than
-it is (`WORSE`), 0 takes its place.
+A few large tokens move the mean away from all others: subtracted, it would make those large,
+and their errors too. So where it makes a sample of the tokens larger, 0 takes its place.
 
 HBM: t is read once, by programs that each own a chunk of a head's tokens; a second launch
 combines what they found, and reads the sample.
@@ -21,7 +20,8 @@ from rcmlib.core import launch
 TINY = tl.constexpr(2.0**-110)  # a smaller maximum would overflow limit / maximum
 SAMPLE = tl.constexpr(128)  # tokens, one in each of as many stretches of equal length,
 PRIME = tl.constexpr(40507)  # at changing places: a video's columns come back at equal ones
-WORSE = tl.constexpr(1.25)  # the mean is not used where Σ|t − mean| > WORSE·Σ|t|
+# The mean is not used where Σ√|t − mean| > WORSE·Σ√|t|: a root, so that few say little.
+WORSE = tl.constexpr(1.12)
 
 
 @triton.jit
@@ -86,7 +86,8 @@ def combine_kernel(t, sums, highs, lows, mean, top, heads, length, chunks, strid
         some = tl.load(t + rows.to(tl.int64) * strides[2] + d[None, :], mask=inside, other=0.0)
         some = some.to(tl.float64)
         moved = tl.where(inside, tl.abs(some - center.to(tl.float64)[None, :]), 0.0)
-        center = tl.where(tl.sum(moved, 0) > tl.sum(tl.abs(some), 0) * WORSE, 0.0, center)
+        worse = tl.sum(tl.sqrt(moved), 0) > tl.sum(tl.sqrt(tl.abs(some)), 0) * WORSE
+        center = tl.where(worse, 0.0, center)
         tl.store(mean + head * BLOCK_D + d, center)
     if top is not None:
         high = tl.max(tl.load(highs + place, mask=c < chunks, other=float("-inf")), 0)
