@@ -289,4 +289,5 @@ def test_float16_rows_beside_a_much_larger_gradient_keep_their_digits(
     exact = functools.partial(reference.rcm_attention, x=x, c_skip=1.0, c_out=c_out)
     (dq, *_) = gradients(function, (q, k, v), g.half())
     (ref, *_) = gradients(exact, [t.double() for t in (q, k, v)], g.half().double())
-    assert reference.relative_l2(dq[:, :, 1:], ref[:, :, 1:]) <= 2.0**-9
+    dq, ref = dq[:, :, 1:], ref[:, :, 1:]
+    assert reference.relative_l2(dq, ref) <= reference.error_bound(ref, ref.half())

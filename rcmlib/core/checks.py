@@ -124,7 +124,8 @@ def why_called(part: nn.Module | None, expected: type[nn.Module], name: str = "i
         return f"{name} is {came}, not a plain {expected.__name__}"
     if any(getattr(part, hooks) for hooks in HOOKS) or _has_any_global_hook():
         return f"a hook on {name} would no longer run"
-    if part.forward != expected.forward.__get__(part):  # a comparison that torch.compile guards
+    # torch.compile guards the second, but not the first.
+    if "forward" in part.__dict__ or part.forward != expected.forward.__get__(part):
         return f"{name}.forward was replaced on the instance"
     for which in ("weight", "bias") if expected is nn.Linear else ():
         t = getattr(part, which)
