@@ -408,7 +408,13 @@ if DEVICE == "cuda":
     process.start(); process.join()
     assert process.exitcode == 0
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    assert not torch.cuda.is_available()
+    assert torch.cuda.device_count() == 0
+    try:
+        torch.ones(2, device="cuda")
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("a GPU is still seen")
 """
     unset = {
         name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"

@@ -32,6 +32,7 @@ from tests.random_calls.judge import check
 FAILED = float("inf")
 Result = tuple[int, float, str]  # index, error in units of its bound, what to print
 HANGS = 300  # seconds without a result
+KEPT = 4 << 30  # bytes; hardly a call has the sizes of another, and all share the GPU
 
 
 def repeats(seed: int, index: int, what: str) -> str:
@@ -59,6 +60,8 @@ def make_calls(seed: int, indices: list[int]) -> Iterator[Result]:
             try:
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
+                if torch.cuda.memory_reserved() > KEPT:
+                    torch.cuda.empty_cache()
             except RuntimeError:
                 return
 

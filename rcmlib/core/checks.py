@@ -125,7 +125,7 @@ def why_called(part: nn.Module | None, expected: type[nn.Module], name: str = "i
     if any(getattr(part, hooks) for hooks in HOOKS) or _has_any_global_hook():
         return f"a hook on {name} would no longer run"
     # torch.compile guards the second, but not the first.
-    if "forward" in part.__dict__ or part.forward != expected.forward.__get__(part):
+    if "forward" in part.__dict__ or part.forward.__func__ is not expected.forward:
         return f"{name}.forward was replaced on the instance"
     for which in ("weight", "bias") if expected is nn.Linear else ():
         t = getattr(part, which)
