@@ -52,7 +52,8 @@ def whole_gradient(ref: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def skip_terms(g=None, *, x, f, c_skip, c_out) -> dict[str, float]:
-    """√Σ terms² of each result. f, where it is a sum itself: √Σ terms² of it. g: ∂L/∂out."""
+    """√Σ terms² of each result. g: ∂L/∂out. f, where it is a sum itself: √Σ terms² of it,
+    or |f|, as which it is rounded, where that is larger."""
     c_skip = reference.per_sample(c_skip, x)
     if not torch.is_tensor(c_out) or c_out.ndim < 2:
         c_out = reference.per_sample(c_out, x)
@@ -70,8 +71,8 @@ def attention_terms(
 ) -> dict[str, float]:
     """As `reference.rcm_attention_backward`, in squares; and how large scores are."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    p = reference.probabilities(q, k, scale, is_causal).square()
-    f_terms = p @ v.square()
+    p = reference.probabilities(q, k, scale, is_causal)
+    f_terms = torch.maximum(p.square() @ v.square(), (p @ v).square())
     f = reference.merge_heads(f_terms).sqrt()
     x = torch.zeros_like(f) if x is None else x
     terms = skip_terms(g, x=x, f=f, c_skip=c_skip, c_out=c_out)
@@ -79,11 +80,12 @@ def attention_terms(
     if g is not None:
         g = g.unflatten(-1, (q.shape[1], -1)).transpose(1, 2).square()
         c = reference.per_sample(c_out, q) ** 2
-        ds = p * (g @ v.square().mT + (g * f_terms).sum(-1, keepdim=True))
+        row = (g * f_terms).sum(-1, keepdim=True)  # of ∂L/∂F·F, which all keys share
+        ds = p.square() * (g @ v.square().mT + row)
         squares = {
-            "dq": c * scale**2 * (ds @ k.square()),
+            "dq": c * scale**2 * (ds @ k.square() + row * (p @ k).square()),
             "dk": c * scale**2 * (ds.mT @ q.square()),
-            "dv": c * (p.mT @ g),
+            "dv": c * (p.square().mT @ g),
         }
         terms |= {name: t.sum().sqrt().item() for name, t in squares.items()}
     return terms
@@ -96,6 +98,8 @@ def projection_terms(
     c_out = c_out if gate is None else gate
     f_terms = a.square() @ weight.square().mT
     f_terms = f_terms if bias is None else f_terms + bias.square()
+    f = a @ weight.mT if bias is None else a @ weight.mT + bias
+    f_terms = torch.maximum(f_terms, f.square())
     terms = skip_terms(g, x=x, f=f_terms.sqrt(), c_skip=c_skip, c_out=c_out)
     if g is not None:
         factor = gate if gate is not None else reference.per_sample(c_out, x)
