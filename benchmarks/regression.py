@@ -14,7 +14,7 @@ from typing import NamedTuple
 from benchmarks import open_record
 from benchmarks.suites import SUITES
 from benchmarks.suites.suite import REFERENCE
-from rcmlib.measure.records import spread_ms
+from rcmlib.measure.records import Estimate, estimate
 
 TOLERANCE = 0.05
 WORSE = frozenset({"slower", "fails now"})
@@ -25,7 +25,9 @@ class Row(NamedTuple):
 
     case: str
     label: str
-    verdict: str  # same, faster, slower, fails now, not measured, no reference
+    verdict: (
+        str  # same, faster, slower, fails now, not measured, no samples, no reference
+    )
     detail: str = ""
 
 
@@ -34,9 +36,9 @@ def compare(
 ) -> list[Row]:
     """A row for each implementation of the cases in `before`.
 
-    The ratio is the reference's median over the implementation's. It has moved if it changed
-    by more than the tolerance plus the spreads of the four times that it is made of, each half
-    the distance between the 10th and 90th percentiles, relative to the median.
+    The ratio is the reference's median over the implementation's. It has moved if the whole
+    95 % interval of its change, of the four medians that it is made of, lies beyond the
+    tolerance, which is there for what no interval of one run knows: the next run.
     """
     measured = {case["name"]: case for case in now}
     rows = []
@@ -58,19 +60,26 @@ def _row(label: str, new: dict, old: dict, reference: str, tolerance: float) -> 
         return Row(name, label, "fails now", new["failed"][label])
     if label not in new["results"]:
         return Row(name, label, "not measured")
-    (before, wide), (after, also) = (_ratio(c, label, reference) for c in (old, new))
-    change = after / before - 1
-    room = tolerance + wide + also
-    verdict = "same" if abs(change) <= room else "faster" if change > 0 else "slower"
+    if not all("all_ms" in c["results"][label] for c in (new, old)):
+        return Row(name, label, "no samples")
+    change = _change(new, old, label, reference)
+    before, after = (_ratio(case, label, reference) for case in (old, new))
+    moved = change.low > tolerance or change.high < -tolerance
+    verdict = "same" if not moved else "faster" if change.value > 0 else "slower"
     detail = f"{before:.3f} -> {after:.3f} of {reference}'s speed, {change:+.1%}"
-    return Row(name, label, verdict, f"{detail} (allowed ±{room:.1%})")
+    return Row(name, label, verdict, f"{detail} (allowed ±{tolerance:.0%})")
 
 
-def _ratio(case: dict, label: str, reference: str) -> tuple[float, float]:
-    """How many times as fast as the reference, and the relative spread of that."""
-    ours, theirs = (case["results"][name] for name in (label, reference))
-    spread = sum(spread_ms(r) / r["median_ms"] for r in (ours, theirs))
-    return theirs["median_ms"] / ours["median_ms"], spread
+def _ratio(case: dict, label: str, reference: str) -> float:
+    """How many times as fast as the reference."""
+    ours, theirs = (case["results"][name]["median_ms"] for name in (label, reference))
+    return theirs / ours
+
+
+def _change(new: dict, old: dict, label: str, reference: str) -> Estimate:
+    """The relative change of that ratio."""
+    times = (c["results"][n]["all_ms"] for c in (new, old) for n in (reference, label))
+    return estimate(*times, of=lambda r1, t1, r0, t0: (r1 / t1) / (r0 / t0) - 1)
 
 
 def report(rows: list[Row]) -> str:

@@ -9,7 +9,17 @@ ROOT = Path(__file__).resolve().parent.parent  # of the clone
 
 
 class StoredRecords(Records):
-    """`Records`, with the machine's ceilings (`ceilings`) and the counted bytes (`traffic`)."""
+    """`Records`, with machine, errors, ceilings (`ceilings`) and counted bytes (`traffic`)."""
+
+    def machine(self, name: str = "attention") -> str:
+        """Where a record was taken, in one line."""
+        p = self.record(name)["provenance"]
+        versions = ("driver", "torch", "Triton", "cuDNN")
+        return ", ".join([p["device"], *(f"{v} {p[v.lower()]}" for v in versions)])
+
+    def error(self, name: str, case_name: str, label: str, measure: str) -> float:
+        """An implementation's distance from float64: cosine, relative_l1 or relative_l2."""
+        return self.case(name, case_name)["errors"][label][measure]
 
     def copy_gb_s(self) -> float:
         """The measured ceiling of HBM bandwidth: a large device copy, read plus written."""

@@ -248,14 +248,22 @@ def check_first_cell_imports(notebook):
 
 
 # Numbers in prose. A comment `<!--= expression:format -->` computes the number before
-# it; `<!-- given: source -->` says where a number not measured here comes from.
+# it, or with `estimate(...)` the number and its interval behind it; `<!-- given: source
+# -->` says where a number not measured here comes from.
 UNIT = r"(?:×(?!\w|\s?[\d*(]|\s[A-Z]\b)|(?:ms|µs|μs|us|[GT]B/s|TFLOP/s)\b)"
 NUMBER = r"[-−+]?\d[\d.,]*"
 COMPUTED = re.compile(r"<!--=(.*?)-->", re.DOTALL)
+# What an Estimate's format writes behind its value. A unit may stand between the two.
+INTERVAL = rf"\[{NUMBER}, {NUMBER}\]"
 MEASURED = re.compile(
-    rf"({NUMBER})[\s\u00a0\u202f]?{UNIT}(?![*_]*\s?<!--(?:=|\s*given:))"
+    rf"({NUMBER})[\s\u00a0\u202f]?{UNIT}"
+    rf"(?![*_]*(?:\s{INTERVAL})?[*_]*\s?<!--(?:=|\s*given:))"
 )
-BEFORE = re.compile(rf"({NUMBER})[\s\u00a0\u202f]*(?:×|%|[A-Za-zµμ]+(?:/s)?)?[*_]*\s?$")
+BARE_INTERVAL = re.compile(rf"(?:×|-->|[%mµμ]s?)[*_]*\s{INTERVAL}(?!\s?<!--=)")
+BEFORE = re.compile(
+    rf"({NUMBER})[\s\u00a0\u202f]*(?:×|%|[A-Za-zµμ]+(?:/s)?)?[*_]*"
+    rf"(?:\s({INTERVAL}))?[*_]*\s?$"
+)
 
 
 def without_code(text):
@@ -270,13 +278,13 @@ def check_quoted_numbers(text, functions):
     text = without_code(text)
     complaints = [
         f"no record behind: {text[max(0, m.start() - 30) : m.end() + 10]!r}"
-        for m in MEASURED.finditer(text)
+        for m in [*MEASURED.finditer(text), *BARE_INTERVAL.finditer(text)]
     ]
     for comment in COMPUTED.finditer(text):
         quoted = BEFORE.search(text[: comment.start()])
         value = eval("f'''{" + comment[1].strip() + "}'''", dict(functions))
-        if quoted is None or quoted[1].replace("−", "-") != value:
-            shown = quoted[1] if quoted else None
+        shown = " ".join(filter(None, quoted.groups())) if quoted else None
+        if shown is None or shown.replace("−", "-") != value:
             complaints.append(f"{comment[0]} gives {value}, the text says {shown}")
     return complaints
 

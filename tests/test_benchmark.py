@@ -25,14 +25,9 @@ from rcmlib.sage import PV
 from tests.inputs import without_a_gpu
 
 
-def result(median, half_spread=0.0):
-    return {
-        "median_ms": median,
-        "p10_ms": median - half_spread,
-        "p90_ms": median + half_spread,
-        "samples": 5,
-        "all_ms": [median] * 5,
-    }
+def result(median, around=(0.0,) * 5):
+    times = sorted(median + d for d in around)
+    return timing.summary(times)._asdict()
 
 
 def case(name="N1024", failed=None, **medians):
@@ -55,11 +50,6 @@ def test_samples_fit_a_second_between_5_and_60(call_ms, count):
 def test_a_caller_who_asks_for_few_samples_gets_no_more():
     assert timing.sample_count(0.01, 10) == 10
     assert timing.sample_count(500.0, 3) == 3
-
-
-def test_samples_are_spread_over_the_rounds():
-    assert timing._spread_over(6, 8) == [2, 2, 1, 1, 1, 1]
-    assert timing._spread_over(6, 5) == [1, 1, 1, 1, 1, 0]
 
 
 def test_a_summary_keeps_every_sample_and_stays_between_them():
@@ -92,6 +82,21 @@ def test_functions_are_timed_in_turn_and_slow_ones_less_often(clock):
     assert (times["fast"].samples, times["slow"].samples) == (60, 5)
     assert times["slow"].median_ms == 400
     assert order.index("slow", 10) < len(order) - order[::-1].index("fast") - 1
+
+
+@pytest.mark.parametrize("repeats, shares", [(1, [1] * 6), (2, [2] * 6)])
+def test_samples_are_shared_out_over_the_rounds(repeats, shares, clock, monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing, "sample_count", lambda took, most, budget: most - 1)
+
+    def samples(self, fn, count):
+        asked.append(count)
+        return [1.0] * count
+
+    monkeypatch.setattr(FakeClock, "samples", samples)
+    timing.compare({"one": lambda: None}, repeats=repeats)
+    *_, last = shares
+    assert asked[2:] == [*shares[:-1], last - 1]  # the first two are the warm-up
 
 
 def test_a_function_that_fails_while_it_is_timed_lets_the_others_go_on(clock):
@@ -142,16 +147,18 @@ def on_the_cpu(monkeypatch, clock):
         c = rcmlib.edm(torch.rand(batch, generator=random))
         return implementations.Inputs(q, k, v, x, c.c_skip, c.c_out)
 
+    build = implementations.implementation
+
     def implementation(label, inputs):
         if label == "flash":
             raise RuntimeError("flash is not supported here. Sorry.")
         if label == "cudnn":
             raise torch.OutOfMemoryError("Tried to allocate 7.00 GiB")
-        run = implementations.implementation(label, inputs)
+        run = build(label, inputs)
         return (lambda: run() * 1.5) if label == "fused_pytorch" else run
 
-    monkeypatch.setattr(benchmark, "attention_inputs", inputs)
-    monkeypatch.setattr(benchmark, "implementation", implementation)
+    monkeypatch.setattr(implementations, "attention_inputs", inputs)
+    monkeypatch.setattr(implementations, "implementation", implementation)
     monkeypatch.setattr(FakeClock, "samples", lambda self, fn, n: [fn() is None] * n)
 
 
@@ -176,7 +183,7 @@ def test_where_not_even_the_inputs_fit_everything_has_failed(monkeypatch):
     def inputs(*_):
         raise torch.OutOfMemoryError("Tried to allocate 99.00 GiB")
 
-    monkeypatch.setattr(benchmark, "attention_inputs", inputs)
+    monkeypatch.setattr(implementations, "attention_inputs", inputs)
     found = benchmark.benchmark_shape("huge", (1, 1, 1, 16), ["naive", "fused"])
     assert found["results"] == {} and list(found["failed"]) == ["naive", "fused"]
     assert "99.00 GiB" in found["failed"]["fused"]
@@ -236,17 +243,23 @@ def test_the_table_compares_with_the_faster_two_pass():
     )
     lines = shown.split("\n")
     assert lines[0] == "N1024: B=4 N=1024"
-    assert lines[1].split() == ["median", "ms", "±", "ms", "×", "two-pass"]
-    assert lines[2].split() == ["flash_compiled", "2.0000", "0.0000", "0.50"]
-    assert lines[4].split() == ["fused", "0.8000", "0.0000", "1.25"]
+    assert lines[1].split() == ["median", "ms", "×", "two-pass", "[95", "%]"]
+    assert lines[2].split() == ["flash_compiled", "2.0000", "0.50", "[0.50,", "0.50]"]
+    assert lines[4].split() == ["fused", "0.8000", "1.25", "[1.25,", "1.25]"]
     assert lines[5].split() == ["naive", "not", "timed:", "no"]
+
+
+def test_the_table_shows_how_sure_a_ratio_is():
+    one = case(cudnn_compiled=1.0)
+    one["results"]["fused"] = result(0.8, around=(-0.3, -0.05, 0, 0.05, 0.2))
+    assert "1.25 [1.00, 2.00]" in table(one)  # of five samples, the whole range
 
 
 def test_the_table_shows_rates_and_memory_where_they_are_known():
     one = case(fused=2.0) | {"flop": 4e12, "peak_bytes": {"fused": 12_500_000}}
     lines = table(one).split("\n")
-    assert lines[1].split()[4:] == ["TFLOP/s", "peak", "MB"]
-    assert lines[2].split() == ["fused", "2.0000", "0.0000", "2000", "12.5"]
+    assert lines[1].split() == ["median", "ms", "TFLOP/s", "peak", "MB"]
+    assert lines[2].split() == ["fused", "2.0000", "2000", "12.5"]
 
 
 def test_every_stored_record_can_be_shown():
@@ -263,7 +276,7 @@ def verdicts(now, before, **options):
     return {row.label: row.verdict for row in rows}, rows
 
 
-def test_ratios_move_only_beyond_tolerance_and_spreads():
+def test_ratios_move_only_where_their_whole_interval_does():
     before = [case(cudnn_compiled=1.0, a=1.0, b=1.0, c=1.0)]
     # The machine is half as fast, which changes no ratio; b and c have moved.
     now = [case(cudnn_compiled=2.0, a=2.08, b=2.2, c=1.8)]
@@ -274,7 +287,7 @@ def test_ratios_move_only_beyond_tolerance_and_spreads():
         regression.report(rows)
     )
     noisy = [case(cudnn_compiled=2.0, b=2.2)]
-    noisy[0]["results"]["b"] = result(2.2, half_spread=0.2)
+    noisy[0]["results"]["b"] = result(2.2, around=(-0.2, -0.15, 0, 0.1, 0.3))
     found, rows = verdicts(noisy, [case(cudnn_compiled=1.0, b=1.0)])
     assert found == {"b": "same"} and regression.passes(rows)
 
@@ -295,6 +308,13 @@ def test_what_is_missing_is_named_and_what_fails_now_is_a_loss():
     assert not regression.passes(rows)
     rows = [row for row in rows if row.label != "b"]
     assert regression.passes(rows)
+
+
+def test_a_record_that_kept_no_samples_is_compared_with_nothing():
+    old = case(cudnn_compiled=1.0, a=1.0)
+    del old["results"]["a"]["all_ms"]
+    found, rows = verdicts([case(cudnn_compiled=1.0, a=2.0)], [old])
+    assert found == {"a": "no samples"} and not regression.passes(rows)
 
 
 def test_a_check_that_compares_nothing_does_not_pass():

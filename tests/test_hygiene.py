@@ -3,6 +3,7 @@
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from rcmlib.measure.records import Estimate
 from tests.hygiene import (
     MAX_COLUMNS,
     MAX_LINES,
@@ -45,7 +46,11 @@ FIGURE = {
     "figure": {"caption": "Fusion halves the time.", "name": "fig-bars"},
 }
 IMPORTS = code("import torch")
-NUMBERS = {"ratio": lambda *_: 2.0123, "median_ms": lambda *_: 0.131}
+NUMBERS = {
+    "ratio": lambda *_: 2.0123,
+    "median_ms": lambda *_: 0.131,
+    "estimate": lambda *_: Estimate(-2.0123, -2.0267, -1.99),
+}
 LIB = [["def skip(x):", "# scaled", *(f"x = x + {i}" for i in range(8)), "return x"]]
 SOURCE = "from rcmlib import skip\nprint(inspect.getsource(skip))"
 GOOD_CHAPTER = (
@@ -133,6 +138,12 @@ def test_a_checker_complains_about(case):
         "2.02×<!--= ratio('a', 'b'):.2f --> faster",
         "**2.02×**<!--= ratio('a', 'b'):.2f --> faster",
         "no number<!--= ratio('a', 'b'):.2f --> here",
+        "−2.01<!--= estimate('a', 'b'):.2f --> without its interval",
+        "−2.01× [−2.03, −1.98]<!--= estimate('a', 'b'):.2f --> another one",
+        "2.01× [2.00, 2.03]<!--= ratio('a', 'b'):.2f --> of no estimate",
+        "2.01×<!--= ratio('a', 'b'):.2f --> [2.00, 2.03], typed by hand",
+        "saves 52 µs [48, 60] or so",
+        "52 %<!--= ratio('a', 'b'):.2f --> [48, 60]",
     ],
 )
 def test_a_number_without_its_record_is_found(text):
@@ -143,6 +154,9 @@ def test_a_number_without_its_record_is_found(text):
     "text",
     [
         "it is 2.01×<!--= ratio('a', 'b'):.2f --> faster",
+        "it is −2.01× [−2.03, −1.99]<!--= estimate('a', 'b'):.2f --> faster",
+        "saves **-2.0 µs** [-2.0, -2.0]<!--= estimate('a'):.1f --> of all",
+        "an interval [0, 1], a row [1.5, 2] and a share [0.2, 0.4] of a whole",
         'in **0.131 ms**<!--= median_ms("a", "b", "c"):.3f -->',
         "a 64×128 tile, 64 × 64, an N×N matrix, 8 × D bytes and 2×10⁻⁶",
         "`2.01×` and $2\\,\\times$ and 3.35 TB/s<!-- given: data sheet -->",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import provenance, records
 from benchmarks.suites import blocks
 from rcmlib.measure import ledger, timing
+from rcmlib.measure.records import estimate
 from tests.inputs import without_a_gpu
 
 SHAPE = (4, 2048, 768)
@@ -75,11 +77,81 @@ def test_the_helpers_read_what_the_record_holds():
     assert records.record("attention")["provenance"]["device"] in records.machine()
 
 
+# ---- how sure a comparison is ----
+
+
+def test_an_estimate_is_the_first_median_over_the_second():
+    slow, fast = [2.0, 2.1, 2.2], [1.0, 1.0, 1.0]
+    found = estimate(slow, fast)
+    assert found == (2.1, 2.0, 2.2)  # of three samples, the whole range
+    assert estimate(fast, slow).value == 1 / 2.1
+    assert estimate(slow, fast, of=lambda a, b: a - b).value == pytest.approx(1.1)
+    assert estimate([3.0], [2.0], [1.0], of=lambda a, b, c: a * b - c) == (5, 5, 5)
+
+
+def test_an_estimate_knows_what_it_holds_and_how_it_is_written():
+    found = estimate([2.0, 2.1, 2.2], [1.0, 1.0])
+    assert 2.0 in found and 2.15 in found and 1.99 not in found and 1 not in found
+    assert f"{found:.2f}" == "2.10 [2.00, 2.20]" and f"{found:.0%}"[:4] == "210%"
+
+
+def test_an_estimate_is_the_same_at_each_call_and_on_each_machine():
+    """The digits that NumPy's stream of this seed gives: the book prints some."""
+    rng = np.random.default_rng(1)
+    slow, fast = 2 + rng.random(60), 1 + rng.random(60)
+    first, again = estimate(slow, fast), estimate(slow, fast)
+    assert first == again
+    assert f"{first:.6f}" == "1.747276 [1.522651, 1.884951]"
+    assert estimate(slow.tolist(), fast.tolist()) == first
+
+
+@pytest.mark.parametrize("count", [5, 20, 60])
+def test_an_interval_holds_the_truth_about_19_times_of_20(count):
+    rng = np.random.default_rng(0)
+    skewed = 1 + 0.02 * rng.exponential(size=(2, 300, count))  # medians equal
+    held = sum(1 in estimate(a, b) for a, b in zip(*skewed, strict=True))
+    assert 0.92 <= held / 300 <= 0.99
+    shifted = sum(1 in estimate(1.5 * a, b) for a, b in zip(*skewed, strict=True))
+    assert shifted == 0  # half as slow again is never taken for nothing
+
+
+def test_more_samples_narrow_an_interval_though_they_scatter_the_same():
+    rng = np.random.default_rng(0)
+    width = {}
+    for count in (25, 2500):
+        found = estimate(*(1 + 0.1 * rng.standard_normal((2, count))))
+        width[count] = found.high - found.low
+    assert 5 < width[25] / width[2500] < 20  # by √100, about
+
+
+def test_the_records_estimate_what_their_samples_say():
+    results = records.case("attention", "seed")["results"]
+    slow, fast = (results[n]["all_ms"] for n in ("cudnn_compiled", "fused"))
+    names = "attention", "seed", "cudnn_compiled", "fused"
+    assert records.estimate(*names) == estimate(slow, fast)
+    assert records.estimate(*names).value == pytest.approx(records.ratio(*names))
+    saved = records.estimate(*names, of=lambda a, b: a - b)
+    assert saved == estimate(slow, fast, of=np.subtract) and 0 not in saved
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*records.names()} - {"sage_one"})
+)  # keeps no samples
+def test_every_stored_median_lies_in_its_own_interval(name):
+    for case in records.record(name)["cases"]:
+        for result in case["results"].values():
+            found = estimate(result["all_ms"], of=lambda median: median)
+            assert found.value == pytest.approx(result["median_ms"])
+            assert result["median_ms"] in found._replace(
+                low=found.low - 1e-9, high=found.high + 1e-9
+            )
+
+
 def test_the_stored_speeds_meet_the_promises():
     """Ratios within one stored run, not times of this machine."""
     ratio = records.ratio
     assert ratio("attention", "seed", "flash_eager", "fused") >= 1.8
-    assert ratio("attention", "seed", "cudnn_compiled", "fused") >= 1.0
+    assert records.estimate("attention", "seed", "cudnn_compiled", "fused").low > 1
     for case in ("N1024", "seed", "N4096", "N8192"):
         assert ratio("attention", case, "flash_eager", "fused") >= 1.27
 

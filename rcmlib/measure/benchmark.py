@@ -14,17 +14,9 @@ from tqdm import tqdm
 from rcmlib import reference
 from rcmlib.attention import HEAD_DIMS
 from rcmlib.core.checks import DTYPES
-from rcmlib.measure import timing
-from rcmlib.measure.implementations import (
-    IMPLEMENTATIONS,
-    TWO_PASS,
-    Inputs,
-    Run,
-    attention_inputs,
-    implementation,
-    installed,
-)
-from rcmlib.measure.records import fastest, spread_ms
+from rcmlib.measure import implementations, timing
+from rcmlib.measure.implementations import IMPLEMENTATIONS, TWO_PASS, Inputs, Run, installed
+from rcmlib.measure.records import estimate, fastest
 
 # Variants of one kernel are chapter 11's subject, and stay out of the comparison.
 PEERS = tuple(n for n in IMPLEMENTATIONS if n == "sage_kernel_fp8" or "sage_kernel" not in n)
@@ -102,7 +94,7 @@ def benchmark_shape(
     failed: dict[str, str] = {}
 
     def prepare():
-        inputs = attention_inputs(*shape, dtype, seed)
+        inputs = implementations.attention_inputs(*shape, dtype, seed)
         return inputs, distance(inputs)
 
     prepared = timing.attempt(prepare, "inputs", failed)
@@ -110,7 +102,8 @@ def benchmark_shape(
         failed = dict.fromkeys(labels, f"inputs: {failed['inputs']}")
         return {"name": name, **sizes, "failed": failed, "results": {}}
     inputs, error = prepared
-    runs = {n: timing.attempt(partial(implementation, n, inputs), n, failed) for n in labels}
+    build = implementations.implementation
+    runs = {n: timing.attempt(partial(build, n, inputs), n, failed) for n in labels}
     runs = {label: run for label, run in runs.items() if run}
     checked = check(name, runs, error, lambda label: IMPLEMENTATIONS[label].bound)
     checked.failed.update(failed)
@@ -176,32 +169,33 @@ def case(
 def table(case: dict) -> str:
     """Times, ratios and peak memory of a case, and what failed; errors where it has no times.
 
-    ± is half the distance between the 10th and 90th percentiles. The ratio says how many times
-    as fast as the strongest two-pass pipeline an implementation is: below 1, it is slower.
+    The ratio, with its 95 % interval, says how many times as fast as the strongest two-pass
+    pipeline an implementation is: below 1, it is slower.
     """
     sizes = {k: v for k, v in case.items() if isinstance(v, int) or k == "dtype"}
     sizes = " ".join(f"{k}={v}" for k, v in sizes.items() if k not in ("seed", "flop"))
     rows = _time_rows(case) if case["results"] else _error_rows(case)
-    width = max(len(row[0]) for row in rows)
+    width, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     used = [i for i in range(1, len(rows[0])) if any(row[i] for row in rows[1:])]
     lines = [f"{case['name']}: {sizes}"]
     for row in rows:
-        lines.append(f"  {row[0]:{width}}" + "".join(f"{row[i]:>13}" for i in used))
+        cells = (f"{row[i]:>{others[i - 1] + 4}}" for i in used)
+        lines.append(f"  {row[0]:{width}}" + "".join(cells))
     for label, why in case.get("failed", {}).items():
         lines.append(f"  {label:{width}}  not timed: {why}")
     return "\n".join(lines)
 
 
 def _time_rows(case: dict) -> list[list[str]]:
-    best = fastest(case, TWO_PASS)
-    rows = [["", "median ms", "± ms", "× two-pass", "TFLOP/s", "peak MB"]]
+    best = case["results"].get(fastest(case, TWO_PASS), {}).get("all_ms")
+    rows = [["", "median ms", "× two-pass [95 %]", "TFLOP/s", "peak MB"]]
     for label, result in case["results"].items():
         ms = result["median_ms"]
-        ratio = f"{case['results'][best]['median_ms'] / ms:.2f}" if best else ""
+        ratio = f"{estimate(best, result['all_ms']):.2f}" if best else ""
         rate = f"{case['flop'] / ms / 1e9:.0f}" if "flop" in case else ""
         peak = case.get("peak_bytes", {}).get(label)
         peak = "" if peak is None else f"{peak / 1e6:.1f}"
-        rows.append([label, f"{ms:.4f}", f"{spread_ms(result):.4f}", ratio, rate, peak])
+        rows.append([label, f"{ms:.4f}", ratio, rate, peak])
     return rows
 
 

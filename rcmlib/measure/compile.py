@@ -55,12 +55,10 @@ def compile_calls(
 
 def _in_another_process(share) -> list[dict[str, Compiled]]:
     path = os.pathsep.join(filter(None, sys.path))  # where this process found its modules
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import _compile_share; _compile_share()"],
-        input=pickle.dumps(share),
-        capture_output=True,
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path},
-    )
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    code = f"from {__name__} import _compile_share; _compile_share()"
+    command, given = [sys.executable, "-c", code], pickle.dumps(share)
+    done = subprocess.run(command, input=given, capture_output=True, env=env)
     if done.returncode:
         raise RuntimeError(f"the compilation failed:\n{done.stderr.decode()[-4000:]}")
     return pickle.loads(done.stdout)

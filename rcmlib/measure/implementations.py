@@ -126,10 +126,6 @@ def then_compiled_skip(attend: Callable[..., Tensor], inputs: Inputs) -> Run:
     return two_pass(attend, compile_skip(), inputs)
 
 
-def one_call(function: Callable[..., Tensor], inputs: Inputs) -> Run:
-    return partial(function, *inputs)
-
-
 def flex_compiled(inputs: Inputs) -> Run:
     return partial(torch.compile(flex_then_skip, dynamic=False, fullgraph=True), *inputs)
 
@@ -217,9 +213,9 @@ IMPLEMENTATIONS = {row.label: row for row in (
     Implementation("triton_skip", "our kernel, then rcm_skip", OURS,
         partial(two_pass, attention, rcmlib.rcm_skip), (ATTENTION, SKIP)),
     Implementation("fused", "bf16, fused", "#0072B2",
-        partial(one_call, rcmlib.rcm_attention), (FUSED,)),
+        lambda inputs: partial(rcmlib.rcm_attention, *inputs), (FUSED,)),
     eight_bit_row("sage", "8 bits, fused", EIGHT,
-        partial(one_call, rcmlib.rcm_sage_attention), (*QUANTISE, FUSED_8)),
+        lambda inputs: partial(rcmlib.rcm_sage_attention, *inputs), (*QUANTISE, FUSED_8)),
     eight_bit_row("sage_kernel_fp8", "8 bits, fused: its kernel alone", EIGHT,
         partial(quantized_kernel, "fp8", True), (FUSED_8,)),
     eight_bit_row("sage_kernel_fp8_fp16", "8 bits: its kernel, sums in float16", EIGHT,

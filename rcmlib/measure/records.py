@@ -2,7 +2,37 @@
 where they come from: machine, driver, commit."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % interval: f"{estimate:.2f}" is "1.10 [1.09, 1.12]"."""
+
+    value: float
+    low: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __format__(self, spec: str) -> str:
+        return "{:{s}} [{:{s}}, {:{s}}]".format(*self, s=spec)
+
+
+def estimate(*samples: Sequence[float], of: Callable = np.divide) -> Estimate:
+    """`of` the medians of these lists of samples: of two, unless told, first over second.
+
+    The interval is the bootstrap's: from each list as many samples as it has are drawn, with
+    repetition, 2000 times; it spans the middle 95 % of what `of` makes of the new medians.
+    """
+    rng = np.random.default_rng(0)  # the same digits on every machine
+    drawn = (rng.choice(times, (2000, len(times))) for times in samples)
+    low, high = np.quantile(of(*(np.median(d, axis=1) for d in drawn)), (0.025, 0.975))
+    return Estimate(of(*map(np.median, samples)), low, high)
 
 
 class Records:
@@ -37,15 +67,10 @@ class Records:
         """How many times faster `fast` is than `slow` (below 1: it is slower)."""
         return self.median_ms(name, case_name, slow) / self.median_ms(name, case_name, fast)
 
-    def error(self, name: str, case_name: str, label: str, measure: str) -> float:
-        """An implementation's distance from float64: cosine, relative_l1 or relative_l2."""
-        return self.case(name, case_name)["errors"][label][measure]
-
-    def machine(self, name: str = "attention") -> str:
-        """Where a record was taken, in one line."""
-        p = self.record(name)["provenance"]
-        versions = ("driver", "torch", "Triton", "cuDNN")
-        return ", ".join([p["device"], *(f"{v} {p[v.lower()]}" for v in versions)])
+    def estimate(self, name: str, case_name: str, *labels: str, of=np.divide) -> Estimate:
+        """The ratio of two labels' medians, or what `of` makes of them, with its interval."""
+        results = self.case(name, case_name)["results"]
+        return estimate(*(results[label]["all_ms"] for label in labels), of=of)
 
 
 def fastest(case: dict, labels: tuple[str, ...]) -> str | None:
@@ -53,8 +78,3 @@ def fastest(case: dict, labels: tuple[str, ...]) -> str | None:
     results = case["results"]
     timed = [label for label in labels if label in results]
     return min(timed, key=lambda label: results[label]["median_ms"], default=None)
-
-
-def spread_ms(result: dict) -> float:
-    """Half the distance between the 10th and 90th percentiles."""
-    return (result["p90_ms"] - result["p10_ms"]) / 2

@@ -1,14 +1,14 @@
 """GPU times of several functions (`compare`), with CUDA events: interleaved, cold L2, a full
-queue, medians with their spread; and the memory of one call (`peak_bytes`)."""
+queue, every sample kept; and the memory of one call (`peak_bytes`)."""
 
 import gc
 import random
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 # Long enough for Python to queue the slowest launch path (the eight kernels of an 8-bit call,
@@ -71,7 +71,7 @@ def compare(
         estimate = attempt(partial(_warm_up, fn, clock), name, failed)
         if estimate is not None:
             count = sample_count(estimate, rounds * repeats, budget_ms)
-            shares[name] = _spread_over(rounds, count)
+            shares[name] = [len(part) for part in np.array_split(range(count), rounds)]
     samples: dict[str, list[float]] = {name: [] for name in shares}
     order = random.Random(0)
     for index in range(rounds):
@@ -89,11 +89,6 @@ def sample_count(estimate_ms: float, most: int, budget_ms: float = BUDGET_MS) ->
     """How many samples of a call of estimate_ms fit in the budget: from 5 to `most`."""
     fit = int(budget_ms / (estimate_ms + OVERHEAD_MS))
     return min(most, max(LEAST_SAMPLES, fit))
-
-
-def _spread_over(rounds: int, count: int) -> list[int]:
-    """count samples as evenly as possible over the rounds: 8 over 6 are 2, 2, 1, 1, 1, 1."""
-    return [count // rounds + (index < count % rounds) for index in range(rounds)]
 
 
 def _warm_up(fn: Callable[[], object], clock: Clock) -> float:
@@ -149,13 +144,10 @@ def reason(error: Exception) -> str:
 
 
 def summary(times: Iterable[float]) -> Timing:
-    """Median and spread of samples in milliseconds, which are kept to 10 ns."""
+    """Median and deciles of samples in milliseconds, which are kept to 10 ns."""
     times = [round(t, 5) for t in times]
-    deciles = times * 9
-    if len(times) > 1:  # inclusive: five samples have no decile below the smallest
-        deciles = statistics.quantiles(times, n=10, method="inclusive")
-    median = statistics.median(times)
-    return Timing(median, deciles[0], deciles[8], len(times), times)
+    p10, median, p90 = np.quantile(times, (0.1, 0.5, 0.9)).tolist()
+    return Timing(median, p10, p90, len(times), times)
 
 
 def need_a_gpu() -> None:
