@@ -1,10 +1,10 @@
-"""Chapter 2: a photograph as tokens, bytes as boxes, the skip's share of the time."""
+"""Chapter 2: a photograph as tokens, bytes as boxes, samples and medians, the skip's share."""
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from notebooks.figures.style import PALETTE, new_figure
+from notebooks.figures.style import PALETTE, new_figure, points
 from rcmlib.measure.ledger import Pass, tensors, total
 
 TENSOR_COLOURS = {
@@ -125,11 +125,36 @@ def _box(ax, x, y, name, written, size=0.8) -> None:
     )  # fmt: skip
 
 
+def samples_and_medians(samples, medians) -> Figure:
+    """Above every sample with p10-p90 as a bar, below the medians of the draws.
+
+    samples, medians: {"compiled", "copy"} → microseconds.
+    """
+    fig, (above, below) = new_figure(7.0, 3.6, nrows=2, sharex=True)
+    colours = {"copy": PALETTE["reference"], "compiled": PALETTE["compiled"]}
+    bins = np.histogram_bin_edges(np.concatenate([*medians.values()]), 50)
+    for y, (name, us) in enumerate(samples.items()):
+        look = {"color": colours[name]}
+        places = y + 0.3 * np.sin(
+            12.9898 * np.arange(len(us))
+        )  # so that dots lie apart
+        above.plot(us, places, "o", ms=3.5, alpha=0.6, **look)
+        above.hlines(y - 0.5, *np.quantile(us, (0.1, 0.9)), lw=3, **look)
+        below.hist(medians[name], bins, alpha=0.7, **look)
+    above.set_yticks((0, 1), list(samples))
+    above.set(ylim=(-0.75, 1.5), title="60 samples each, and p10–p90 as a bar")
+    below.set(title="medians of 2000 draws of 60", xlabel="µs", yticks=[])
+    for ax in (above, below):
+        ax.grid(axis="y", visible=False)
+    return fig
+
+
 def skip_share(tokens, predicted, measured=None, wall=None) -> Figure:
     """Times of attention and of the skip against N, and the skip's share of the sum.
 
-    predicted: {"attention", "eager", "compiled"} → milliseconds at `tokens`; measured: the
-    same names → (tokens, milliseconds). wall: N below which attention is limited by bytes.
+    predicted: {"attention", "eager", "compiled"} → milliseconds at `tokens`. measured: (N,
+    times, shares), the latter two by the same names, lists of estimates in µs and in %.
+    wall: N below which attention is limited by bytes.
     """
     fig, (left, right) = new_figure(7.0, 3.6, ncols=2)
     names = {
@@ -161,11 +186,10 @@ def skip_share(tokens, predicted, measured=None, wall=None) -> Figure:
             right.plot(tokens, share, "--", c=colours[name])
             right.text(end * 1.12, share[-1], name, va="center", c=colours[name])
         if measured:
-            n, ms = (np.asarray(values) for values in measured[name])
-            left.plot(n, 1e3 * ms, "o", c=colours[name])
+            n, times, shares = measured
+            points(left, n, times[name], c=colours[name], ms=5)
             if name != "attention":
-                share = 100 * ms / (ms + np.asarray(measured["attention"][1]))
-                right.plot(n, share, "o", c=colours[name])
+                points(right, n, shares[name], c=colours[name], ms=5)
     if wall:
         left.axvline(wall, c=PALETTE["neutral"], lw=1)
         left.text(
@@ -188,7 +212,7 @@ def skip_share(tokens, predicted, measured=None, wall=None) -> Figure:
     right.set_title("the skip's share of the time (%)", fontsize=10, loc="left")
     right.set_yticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
     right.minorticks_off()
-    style = "dashes: predicted" + (", dots: measured" if measured else "")
+    style = "dashes: predicted" + (", dots: measured, 95 %" if measured else "")
     right.text(0.97, 0.97, style, transform=right.transAxes, fontsize=8, color="0.35",
                ha="right", va="top")  # fmt: skip
     return fig

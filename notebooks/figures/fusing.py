@@ -69,13 +69,14 @@ def saved_bytes(lengths, naive, sdpa):
 
 
 def skip_cost(rows):
-    """What the skip adds to attention; rows of (name, colour, predicted µs, measured µs)."""
+    """What the skip adds to attention; rows of (name, colour, predicted µs, measured: an estimate in µs)."""
     fig, ax = new_figure(7.0, 2.7)
     for i, (_, colour, predicted, measured) in enumerate(rows):
-        ax.barh(i, measured, 0.55, color=PALETTE[colour])
+        ax.barh(i, measured.value, 0.55, color=PALETTE[colour])
+        ax.hlines(i, measured.low, measured.high, color="#444444", lw=2.5)
         ax.plot([predicted] * 2, [i - 0.38, i + 0.38], color="black", lw=2.5)
-        end = max(measured, predicted)
-        ax.text(end + 0.8, i, f"{measured:.0f} µs", va="center", weight="bold")
+        end = max(measured.high, predicted)
+        ax.text(end + 0.8, i, f"{measured:.1f} µs", va="center", weight="bold")
     ax.text(
         rows[0][2] - 0.5,
         -0.46,
@@ -89,6 +90,6 @@ def skip_cost(rows):
         xlabel="time that the skip adds to attention (µs)",
         ylim=(len(rows) - 0.5, -0.85),
     )
-    ax.set_xlim(0, max(r[3] for r in rows) * 1.15)
+    ax.set_xlim(0, max(r[3].high for r in rows) * 1.3)
     ax.grid(axis="y", visible=False)
     return fig

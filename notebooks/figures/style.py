@@ -54,6 +54,14 @@ def new_figure(width: float = 7.0, height: float = 3.5, **subplots):
     return fig, axes
 
 
+def points(ax, x, estimates, **look):
+    """Estimates (`rcmlib.measure.records`) over x: values, and bars over their intervals."""
+    ends = [(max(0, e.value - e.low), max(0, e.high - e.value)) for e in estimates]
+    lengths = list(zip(*ends, strict=True))
+    look = {"fmt": "o", "capsize": 3} | look
+    return ax.errorbar(x, [e.value for e in estimates], lengths, **look)
+
+
 def arrow(ax, start, stop, colour="black", **look):
     """An arrow from start to stop, in data coordinates and the book's style."""
     look = {"lw": 1.4, "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0} | look
