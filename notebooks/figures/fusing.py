@@ -69,7 +69,7 @@ def saved_bytes(lengths, naive, sdpa):
 
 
 def skip_cost(rows):
-    """What the skip adds to attention; rows of (name, colour, predicted µs, measured: an estimate in µs)."""
+    """What the skip adds to attention; rows of (name, colour, predicted µs, estimate in µs)."""
     fig, ax = new_figure(7.0, 2.7)
     for i, (_, colour, predicted, measured) in enumerate(rows):
         ax.barh(i, measured.value, 0.55, color=PALETTE[colour])

@@ -2,7 +2,7 @@
 
 from matplotlib.patches import Rectangle
 
-from notebooks.figures.style import PALETTE, arrow, new_figure
+from notebooks.figures.style import PALETTE, arrow, new_figure, points
 from notebooks.measurements import records
 from rcmlib.measure.implementations import IMPLEMENTATIONS
 
@@ -96,9 +96,10 @@ def training_ratios():
     }
     for name, side in sides.items():
         peer = IMPLEMENTATIONS[name]
-        ratios = [records.ratio("gradients", c["name"], name, "fused") for c in cases]
-        ax.plot(ratios, range(len(cases)), "o", color=peer.colour, ms=8)
-        ax.text(ratios[0], -0.4, peer.title.replace(", ", ",\n"), color=peer.colour,
+        pairs = [(c["name"], name, "fused") for c in cases]
+        ratios = [records.estimate("gradients", *pair) for pair in pairs]
+        points(ax, ratios, range(len(cases)), color=peer.colour, ms=6, across=True)
+        ax.text(ratios[0].value, -0.4, peer.title.replace(", ", ",\n"), color=peer.colour,
                 ha=side, va="bottom", fontsize=8.5, weight="bold")  # fmt: skip
     ax.axvline(1, color="#444444", lw=1)
     ax.text(1.005, len(cases) - 0.45, "right: fused is faster", fontsize=9, va="center")

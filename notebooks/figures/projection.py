@@ -2,7 +2,7 @@
 
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from notebooks.figures.style import PALETTE, arrow, new_figure
+from notebooks.figures.style import PALETTE, arrow, new_figure, points
 from notebooks.measurements import records
 from rcmlib.measure.implementations import IMPLEMENTATIONS
 
@@ -90,20 +90,20 @@ def projection_gain(law):
     ):
         gains = [law(k, k, slower) for k in depths]
         ax.plot(depths, gains, style, color=PALETTE["reference"], lw=1.3, label=label)
-    for case in records.record("projection")["cases"]:
-        slow, fast = (case["results"][n] for n in ("linear_compiled", "fused"))
-        gain = 100 * (slow["median_ms"] / fast["median_ms"] - 1)
-        spread = slow["p90_ms"] - slow["p10_ms"] + fast["p90_ms"] - fast["p10_ms"]
-        ax.errorbar(case["K"], gain, 50 * spread / fast["median_ms"], fmt="o", capsize=3,
-                    color=FUSED, label="measured, with its spread")  # fmt: skip
+    cases = records.record("projection")["cases"]
+    gains = [
+        records.estimate("projection", c["name"], "linear_compiled", "fused",
+                         of=lambda two, one: 100 * (two / one - 1))
+        for c in cases
+    ]  # fmt: skip
+    points(ax, [c["K"] for c in cases], gains, color=FUSED, label="measured, 95 %")
     ax.axhline(0, color="#888888", linewidth=0.8)
     ax.set_xscale("log", base=2)
     ticks = [256, 512, 768, 1536, 3072, 5120, 10240]
     ax.set(xticks=ticks, xticklabels=map(str, ticks), xlim=(240, 11500), ylim=(-12, 60))
     ax.set_xlabel("width K = C")
     ax.set_ylabel("cuBLAS + compiled skip\nover fused, − 1 (%)")
-    handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[:4], labels[:4])
+    ax.legend()
     return fig
 
 

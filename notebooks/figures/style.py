@@ -54,12 +54,16 @@ def new_figure(width: float = 7.0, height: float = 3.5, **subplots):
     return fig, axes
 
 
-def points(ax, x, estimates, **look):
-    """Estimates (`rcmlib.measure.records`) over x: values, and bars over their intervals."""
+def points(ax, x, y, across=False, **look):
+    """Values and bars over the intervals of estimates (`rcmlib.measure.records`): of those in
+    y, or with across=True of those in x."""
+    estimates = x if across else y
     ends = [(max(0, e.value - e.low), max(0, e.high - e.value)) for e in estimates]
-    lengths = list(zip(*ends, strict=True))
+    values, lengths = [e.value for e in estimates], list(zip(*ends, strict=True))
     look = {"fmt": "o", "capsize": 3} | look
-    return ax.errorbar(x, [e.value for e in estimates], lengths, **look)
+    if across:
+        return ax.errorbar(values, y, xerr=lengths, **look)
+    return ax.errorbar(x, values, yerr=lengths, **look)
 
 
 def arrow(ax, start, stop, colour="black", **look):
