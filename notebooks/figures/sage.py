@@ -2,7 +2,7 @@
 
 from matplotlib.patches import Rectangle
 
-from notebooks.figures.style import new_figure
+from notebooks.figures.style import new_figure, points
 from notebooks.measurements import records
 from rcmlib.measure.implementations import IMPLEMENTATIONS
 
@@ -90,11 +90,10 @@ def sage_speeds():
     fig, ax = new_figure(7.4, 3.7)
     cases = records.record("sage")["cases"]
     for label, marker in (("sage_kernel_fp8", "o"), ("fused", "D")):
-        ratios = [records.ratio("sage", c["name"], "cudnn", label) for c in cases]
+        ratios = [records.estimate("sage", c["name"], "cudnn", label) for c in cases]
         row = IMPLEMENTATIONS[label]
-        ax.plot(
-            range(len(cases)), ratios, marker, ms=8, color=row.colour, label=row.title
-        )
+        look = {"fmt": marker, "ms": 6, "color": row.colour, "label": row.title}
+        points(ax, range(len(cases)), ratios, **look)
     order = [0, 1, 2, 3, 4]  # the record's first five shapes are those of SAGE2_GIVEN
     ax.plot(order, SAGE2_GIVEN, "_", ms=22, mew=2.5, color="black",
             label="SageAttention2's CUDA kernel, no skip\n(another H100)")  # fmt: skip
@@ -120,12 +119,12 @@ def sage_crossover(crossings: dict[int, float]):
         tokens = [c["N"] for c in cases]
         for label, offset in (("sage", 5), ("fused", -16)):
             ratios = [
-                records.ratio("sage_crossover", c["name"], "cudnn_compiled", label)
+                records.estimate("sage_crossover", c["name"], "cudnn_compiled", label)
                 for c in cases
             ]
             row = IMPLEMENTATIONS[label]
-            ax.plot(tokens, ratios, "o-", color=row.colour, ms=5)
-            ax.annotate(row.title, (tokens[-2], ratios[-2]), xytext=(-8, offset),
+            points(ax, tokens, ratios, fmt="o-", color=row.colour, ms=5)
+            ax.annotate(row.title, (tokens[-2], ratios[-2].value), xytext=(-8, offset),
                         textcoords="offset points", ha="right", fontsize=9,
                         color=row.colour)  # fmt: skip
         ax.axhline(1, color="#444444", lw=1)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from notebooks.figures.style import PALETTE, arrow, new_figure
+from notebooks.figures.style import PALETTE, arrow, new_figure, points
 from notebooks.measurements import records
 from rcmlib.measure.implementations import IMPLEMENTATIONS, TWO_PASS
-from rcmlib.measure.records import fastest
+from rcmlib.measure.records import Estimate, estimate, fastest
 
 MARKERS = {"naive": "v", "flash_eager": "o", "flash_compiled": "o", "cudnn_compiled": "s",
            "flex_compiled": "^", "triton_skip": "D", "fused": "D", "sage": "D",
@@ -37,6 +37,18 @@ def look(label: str) -> dict:
 def strongest(case: dict, labels: tuple[str, ...] = TWO_PASS) -> float:
     """The shortest median of these implementations in a case, in milliseconds."""
     return case["results"][fastest(case, labels)]["median_ms"]
+
+
+def speed(case: dict, label: str, peers: tuple[str, ...] = TWO_PASS) -> Estimate:
+    """The time of the fastest of these peers over an implementation's: above 1 it is faster."""
+    peers = [n for n in peers if n in case["results"]]
+    names = list(dict.fromkeys((*peers, label)))  # a peer over itself is 1
+
+    def ratio(*ms):
+        found = dict(zip(names, ms, strict=True))
+        return np.minimum.reduce([found[n] for n in peers]) / found[label]
+
+    return estimate(*(case["results"][n]["all_ms"] for n in names), of=ratio)
 
 
 def steady(result: dict) -> bool:
@@ -104,10 +116,8 @@ def speeds_by_length(name: str):
         found = [c for c in cases if label in c["results"]]
         if label == "cudnn_compiled" or not found:
             continue
-        speeds = [
-            strongest(c, ("cudnn_compiled",)) / strongest(c, (label,)) for c in found
-        ]
-        ax.plot([c["N"] for c in found], speeds, ms=5, **look(label))
+        speeds = [speed(c, label, ("cudnn_compiled",)) for c in found]
+        points(ax, [c["N"] for c in found], speeds, ms=5, fmt="-", **look(label))
     peer = IMPLEMENTATIONS["cudnn_compiled"]
     ax.axhline(1, color=peer.colour, lw=2, label=peer.title)
     log_tokens(ax, [c["N"] for c in cases])
@@ -218,14 +228,12 @@ def speed_rows(rows: dict[str, dict], labels: tuple[str, ...]):
     """One row a case (title: case), a mark for each implementation's relative speed."""
     fig, ax = new_figure(7.6, 0.42 * len(rows) + 1.5)
     for y, case in enumerate(rows.values()):
-        base = strongest(case)
-        speeds = {
-            n: base / strongest(case, (n,)) for n in labels if n in case["results"]
-        }
-        ax.plot([min(speeds.values()), max(speeds.values())], [y, y], lw=4, color="#E2E5E8",
-                zorder=1)  # fmt: skip
-        for label, speed in speeds.items():
-            ax.plot(speed, y, ms=7, **look(label) | {"label": None})
+        found = {n: speed(case, n) for n in labels if n in case["results"]}
+        ends = min(found.values()).value, max(found.values()).value
+        ax.plot(ends, [y, y], lw=4, color="#E2E5E8", zorder=1)
+        for label, value in found.items():
+            shown = look(label) | {"label": None, "ms": 6, "fmt": ""}
+            points(ax, [value], [y], across=True, **shown)
     ax.axvline(1, color="#444444", lw=1)
     for label in labels:
         ax.plot([], [], ls="", **look(label))
@@ -269,8 +277,8 @@ def roofline(panels: dict[str, dict], bandwidth: float, roofs: dict[str, float])
         ax.axhline(panel["exp2"], color=PALETTE["f"], ls="--", lw=1.4)
         ax.text(5.5, panel["exp2"] * 1.04, "exp2", color=PALETTE["f"], va="bottom",
                 fontsize=8.5)  # fmt: skip
-        for label, points in panel["points"].items():
-            ax.plot(*zip(*points, strict=True), lw=1, ms=4.5, **look(label))
+        for label, places in panel["points"].items():
+            ax.plot(*zip(*places, strict=True), lw=1, ms=4.5, **look(label))
         ax.set(xscale="log", yscale="log", xlim=(5, 2e5), ylim=(3, top * 1.7))
         ax.set(title=title, xlabel="FLOP / byte of HBM (by the ledger)")
     axes = np.atleast_1d(axes)
@@ -302,7 +310,8 @@ def layer_times(name: str = "B1_N256"):
 def who_wins(series: dict[str, list[dict]]):
     """A map: rows are series of cases, columns lengths; each cell our best against theirs.
 
-    The number is the strongest two-pass time over our best; colour and name say who is ahead.
+    The number is the strongest two-pass time over our best; colour and name say who is ahead,
+    or that 1 lies in its 95 % interval.
     """
     columns = sorted({c["N"] for cases in series.values() for c in cases})
     columns = list(dict.fromkeys(map(_short, columns)))  # 32 760 and 32 768 are one
@@ -310,14 +319,15 @@ def who_wins(series: dict[str, list[dict]]):
     for y, cases in enumerate(series.values()):
         for case in cases:
             ours, theirs = fastest(case, OURS), fastest(case, TWO_PASS)
-            speed = strongest(case, (theirs,)) / strongest(case, (ours,))
-            winner = ours if speed >= 1 else theirs
-            strength = min(1.0, 0.3 + 1.6 * abs(math.log2(speed)))
+            found = speed(case, ours)
+            winner = ours if found.value >= 1 else theirs
+            name = "level" if 1 in found else SHORT[winner]
+            strength = min(1.0, 0.3 + 1.6 * abs(math.log2(found.value)))
             x = columns.index(_short(case["N"]))
             box = (x - 0.48, y - 0.46), 0.96, 0.92
             colour = IMPLEMENTATIONS[winner].colour
             ax.add_patch(Rectangle(*box, fc=colour, alpha=strength))
-            ax.text(x, y, f"{speed:.2f}\n{SHORT[winner]}", ha="center", va="center",
+            ax.text(x, y, f"{found.value:.2f}\n{name}", ha="center", va="center",
                     fontsize=8, color="white" if strength > 0.6 else "black")  # fmt: skip
     ax.set_xticks(range(len(columns)), columns, fontsize=8)
     ax.set_yticks(range(len(series)), list(series))

@@ -191,7 +191,8 @@ def _time_rows(case: dict) -> list[list[str]]:
     rows = [["", "median ms", "× two-pass [95 %]", "TFLOP/s", "peak MB"]]
     for label, result in case["results"].items():
         ms = result["median_ms"]
-        ratio = f"{estimate(best, result['all_ms']):.2f}" if best else ""
+        times = result.get("all_ms")
+        ratio = "" if not best else "1" if times is best else f"{estimate(best, times):.2f}"
         rate = f"{case['flop'] / ms / 1e9:.0f}" if "flop" in case else ""
         peak = case.get("peak_bytes", {}).get(label)
         peak = "" if peak is None else f"{peak / 1e6:.1f}"
