@@ -1,6 +1,7 @@
 """The notebooks and pages, held to the rules of tests/hygiene.py: what nbval cannot see."""
 
 import nbformat
+import numpy as np
 import pytest
 
 from benchmarks import records
@@ -38,7 +39,8 @@ def name_of(path):
 
 def record_functions():
     """The namespace of the comments behind numbers in prose: the methods of the records."""
-    return {name: getattr(records, name) for name in dir(records) if name[0] != "_"}
+    methods = {name: getattr(records, name) for name in dir(records) if name[0] != "_"}
+    return methods | {"np": np}
 
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
