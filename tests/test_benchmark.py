@@ -245,6 +245,7 @@ def test_the_table_compares_with_the_faster_two_pass():
     assert lines[0] == "N1024: B=4 N=1024"
     assert lines[1].split() == ["median", "ms", "×", "two-pass", "[95", "%]"]
     assert lines[2].split() == ["flash_compiled", "2.0000", "0.50", "[0.50,", "0.50]"]
+    assert lines[3].split() == ["cudnn_compiled", "1.0000", "1"]
     assert lines[4].split() == ["fused", "0.8000", "1.25", "[1.25,", "1.25]"]
     assert lines[5].split() == ["naive", "not", "timed:", "no"]
 
