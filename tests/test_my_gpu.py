@@ -11,7 +11,8 @@ from notebooks.measurements import records
 
 
 def results(**medians):
-    return {"results": {label: {"median_ms": ms} for label, ms in medians.items()}}
+    times = {n: {"median_ms": ms, "all_ms": [ms] * 5} for n, ms in medians.items()}
+    return {"results": times}
 
 
 def case(tokens, **medians):
@@ -80,3 +81,10 @@ def test_a_map_names_the_winner_and_how_much_faster_ours_is():
     lost = case(2048, cudnn_compiled=1.0, fused=2.0, sage=4.0)
     (ax,) = figures.who_wins({"a row": [won, lost]}).axes
     assert [text.get_text() for text in ax.texts] == ["2.00\nbf16", "0.50\ncuDNN"]
+
+
+def test_a_map_says_level_where_the_interval_holds_1():
+    close = case(1024, cudnn_compiled=1.0, fused=0.99, sage=4.0)
+    close["results"]["fused"]["all_ms"] = [0.9, 0.98, 0.99, 1.05, 1.1]
+    (ax,) = figures.who_wins({"a row": [close]}).axes
+    assert [text.get_text() for text in ax.texts] == ["1.01\nlevel"]
