@@ -10,7 +10,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from rcmlib.core.launch import Team
 from rcmlib.measure.compile import Call, compile_calls
 from rcmlib.sage import PV
 
@@ -64,17 +63,6 @@ def attention(capability, dtype=BF16, dim=64, *, saving=False, causal=False, rag
     call = Call("rcmlib.attention.forward.attention_forward", arguments, capability)
     tight = capability == 90 and 64 < dim <= 128 and (ragged or causal or saving)
     return Job("attention_kernel", call, tight, ragged, causal)
-
-
-def team(dtype, dim, *, groups=2, x_dtype=None, **how):
-    """`attention` by Hopper's own kernel."""
-    q, k, v, x, *rest = attention(90, dtype, dim, **how).call.arguments
-    x = x if x_dtype is None else x.to(x_dtype)
-    members = Team(
-        128, groups, 2, 240 if groups == 2 else 160, dim == 64, dtype == BF16
-    )
-    call = Call("rcmlib.attention.hopper.hopper_forward", (members, q, k, v, x, *rest))
-    return Job("hopper_attention_kernel", call, tight=True)
 
 
 def backward(
@@ -193,11 +181,10 @@ def test_no_default_configuration_spills_or_wants_too_much_shared_memory(capabil
 def assert_lean(job, found):
     """No spills, and shared memory that the GPU has.
 
-    On an H100 at D = 128, attention fills the registers; Hopper's own kernel always does.
-    What runs once a program (a masked tile, the epilogue) may spill a few bytes there: with
-    fewer rows, or fewer programs on an SM, nothing would be spilled, and the loop would be
-    slower. One address that stays the same may be read back in the loop of two blocks of
-    ragged length; nothing else may.
+    On an H100 at D = 128, attention fills the registers. What runs once a program (a masked
+    tile, the epilogue) may spill a few bytes there: with fewer rows, or fewer programs on an
+    SM, nothing would be spilled, and the loop would be slower. One address that stays the same
+    may be read back in the loop of two blocks of ragged length; nothing else may.
     """
     capability = job.call.capability
     assert found.shared_bytes <= SHARED_KIB[capability] * 1024, job
@@ -211,21 +198,6 @@ def assert_lean(job, found):
                 assert not spills, job
     else:
         assert found.spill_bytes == 0, job
-
-
-def test_hoppers_own_kernel_neither_spills_nor_waits_for_each_product():
-    jobs = [
-        team(BF16, 128, ragged=True),
-        team(BF16, 128, ragged=True, causal=True, saving=True),
-        team(FP16, 128, ragged=True, saving=True),
-        team(BF16, 64, groups=3, ragged=True, saving=True),
-        team(BF16, 64, causal=True, x_dtype=FP32),
-    ]
-    for job, found in compiled(jobs):
-        assert_lean(job, found)
-        assert not found.serialized, job
-        for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
-            assert instruction in found.ptx, job
 
 
 def sage_jobs(capability):

@@ -215,13 +215,9 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
 
 def attention_plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor | None,
-    per_sample: bool, is_causal: bool, tile: launch.Tile | launch.Team | None = None,
+    per_sample: bool, is_causal: bool, tile: launch.Tile | None = None,
 ) -> launch.Plan:  # fmt: skip
-    """The launch of `attention_kernel` for tensors like these; tile: instead of the chosen.
-    A Team: of Hopper's own kernel."""
-    if isinstance(tile, launch.Team):
-        plan = core.load("rcmlib.attention.hopper").hopper_plan
-        return plan(q, k, v, x, per_sample, is_causal, tile)
+    """The launch of `attention_kernel` for tensors like these; tile: instead of the chosen."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
