@@ -25,9 +25,8 @@ class Row(NamedTuple):
 
     case: str
     label: str
-    verdict: (
-        str  # same, faster, slower, fails now, not measured, no samples, no reference
-    )
+    # same, faster, slower, fails now, not measured, no samples, no reference
+    verdict: str
     detail: str = ""
 
 

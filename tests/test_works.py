@@ -429,6 +429,16 @@ except Exception:
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert said[0] == said[1]  # with rcmlib and without
+    hidden = """
+import os, torch, rcmlib
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+assert torch.cuda.device_count() == 0
+try:
+    torch.ones(2, device="cuda")
+except Exception:
+    print("no GPU is seen")
+"""
+    assert python(hidden).stdout.strip() == "no GPU is seen"  # where nothing was forked
 
 
 @proves(
