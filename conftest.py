@@ -3,6 +3,7 @@
 Every test starts from the same random numbers, and what it allocates is poisoned.
 """
 
+import atexit
 import os
 import tempfile
 from pathlib import Path
@@ -39,6 +40,22 @@ def pytest_collection_modifyitems(items):
         tags = cell.metadata.get("tags", []) if cell is not None else []
         if "gpu" in tags or item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_configure(config):
+    """A notebook's kernel talks to its test through files. By TCP, a port that was free when
+    it was chosen may be another kernel's when it is bound, if many start at the same time."""
+    if not config.pluginmanager.has_plugin("nbval"):
+        return
+    import nbval.kernel
+    from jupyter_client.manager import KernelManager
+
+    def manager(**options):
+        folder = tempfile.TemporaryDirectory(prefix="rcmlib-")
+        atexit.register(folder.cleanup)
+        return KernelManager(transport="ipc", ip=f"{folder.name}/kernel", **options)
+
+    nbval.kernel.KernelManager = manager
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -47,6 +47,25 @@ def test_a_wrong_result_is_reported_as_a_line_that_repeats_it(monkeypatch, capsy
     assert lines[-1].startswith(f"{len(skips)} of {len(skips)} calls failed")
 
 
+def test_a_call_that_finds_the_memory_full_waits_for_the_others(monkeypatch):
+    waited = []
+    monkeypatch.setattr(fuzz.time, "sleep", waited.append)
+
+    def checked(call):
+        if len(waited) < full:
+            raise torch.OutOfMemoryError("no room")
+        return 0.25
+
+    monkeypatch.setattr(fuzz, "check", checked)
+    full = 3
+    assert fuzz.make_call(0, 5) == (5, 0.25, "") and sum(waited) == 3
+    waited.clear()
+    full = 1000
+    index, error, line = fuzz.make_call(0, 5)
+    assert (index, error) == (5, fuzz.FAILED) and sum(waited) < fuzz.PATIENCE
+    assert line.endswith("OutOfMemoryError: no room")
+
+
 def work_that_dies(pipe, seed):
     """In place of fuzz.work: call 2 kills its process."""
     for index in pipe.recv():
