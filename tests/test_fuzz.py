@@ -8,6 +8,7 @@ import torch
 
 import rcmlib
 from tests.random_calls import draw_call, kind_of
+from tests.random_calls.judge import check
 from tools import fuzz, sanitize
 
 FEW = ["--calls", "25"]
@@ -47,23 +48,23 @@ def test_a_wrong_result_is_reported_as_a_line_that_repeats_it(monkeypatch, capsy
     assert lines[-1].startswith(f"{len(skips)} of {len(skips)} calls failed")
 
 
-def test_a_call_that_finds_the_memory_full_waits_for_the_others(monkeypatch):
-    waited = []
-    monkeypatch.setattr(fuzz.time, "sleep", waited.append)
+def test_nothing_is_recorded_for_gradients_that_no_one_asks_for():
+    recorded = []
 
-    def checked(call):
-        if len(waited) < full:
-            raise torch.OutOfMemoryError("no room")
-        return 0.25
+    def watched(function):
+        def call(*arguments, **options):
+            recorded.append(torch.is_grad_enabled())
+            return function(*arguments, **options)
 
-    monkeypatch.setattr(fuzz, "check", checked)
-    full = 3
-    assert fuzz.make_call(0, 5) == (5, 0.25, "") and sum(waited) == 3
-    waited.clear()
-    full = 1000
-    index, error, line = fuzz.make_call(0, 5)
-    assert (index, error) == (5, fuzz.FAILED) and sum(waited) < fuzz.PATIENCE
-    assert line.endswith("OutOfMemoryError: no room")
+        return call
+
+    for index in range(12):
+        call = draw_call(0, index, torch.device("cpu"))
+        call.spec, call.peer = watched(call.spec), watched(call.peer)
+        check(call)
+        wanted = call.mode == "grad"
+        assert recorded == [wanted, wanted], index
+        recorded.clear()
 
 
 def work_that_dies(pipe, seed):

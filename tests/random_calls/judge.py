@@ -33,8 +33,8 @@ def check(call: Call) -> float:
         n: before[n].to(call.precision) for n in call.casts if n in before
     }
     exact = {n: v.double() if torch.is_tensor(v) else v for n, v in inputs.items()}
-    ref, _ = results(call, call.spec, exact, torch.enable_grad, g)
-    peer, _ = results(call, call.peer, inputs, lambda: autocast(call), g)
+    ref, _ = results(call, call.spec, exact, lambda: mode(call), g)
+    peer, _ = results(call, call.peer, inputs, g=g)
     with torch.no_grad():
         g = None if g is None else g.double()
         terms = call.terms(g=g, **exact, **call.options)
@@ -90,8 +90,14 @@ def autocast(call: Call):
 
 @contextlib.contextmanager
 def surroundings(call: Call):
-    with autocast(call), MODES.get(call.mode, contextlib.nullcontext)():
+    with autocast(call), mode(call):
         yield
+
+
+def mode(call: Call):
+    """The specification's and the peer's, too: of the 8-bit model, were it recorded for a
+    gradient that nobody asks for, a hundred gigabytes would be kept."""
+    return MODES.get(call.mode, torch.enable_grad)()
 
 
 def incoming_gradient(call: Call, out: torch.Tensor) -> torch.Tensor:
