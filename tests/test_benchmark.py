@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -488,12 +489,23 @@ def test_a_comparison_s_labels_are_in_the_table(name):
 
 def test_the_labels_of_training_and_of_traffic_are_in_the_table():
     assert set(training.TRAINED) <= IMPLEMENTATIONS.keys()
+    always = {n for n in training.TRAINED if IMPLEMENTATIONS[n].package is None}
     for one in records.record("gradients")["cases"]:
-        assert set(training.TRAINED) <= one["results"].keys()
+        assert always <= one["results"].keys()
     counted = {label for shape in traffic.SHAPES for label in traffic.labels(shape)}
     for one in records.record("traffic")["cases"]:
         counted |= one["traffic"].keys()
     assert counted - IMPLEMENTATIONS.keys() == {"negate"}
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch):
+    """By the name that pip knows it by: FlashAttention-2 has flash_attn, too."""
+    found = SimpleNamespace(name="flash-attn"), SimpleNamespace(name="sageattention")
+    monkeypatch.setattr(
+        implementations.importlib.metadata, "distributions", lambda: found
+    )
+    wanted = ["cudnn", "fa4", "fa4_compiled", "sage1_compiled", "fused"]
+    assert implementations.installed(wanted) == ["cudnn", "sage1_compiled", "fused"]
 
 
 def test_every_row_of_the_table_is_whole():

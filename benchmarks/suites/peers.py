@@ -15,8 +15,10 @@ SCALING = {f"N{n}": (1, 12, n, 64) for n in (2**e for e in range(8, 18))}
 BATCH = {f"B{b}": (b, 12, 2048, 64) for b in (2**e for e in range(7))}
 DIMS = {f"D{d}": (4, 16, 4096, d) for d in (64, 96, 128)}
 
-FEW = ("flash_compiled", "cudnn_compiled", "fused", "sage")
-STRONG = ("flash_compiled", "cudnn_compiled", "flex_compiled", "triton_skip", "fused")
+FEW = ("flash_compiled", "cudnn_compiled", "fa4_compiled", "fused", "sage")
+STRONG = (
+    "flash_compiled", "cudnn_compiled", "fa4_compiled", "flex_compiled", "triton_skip", "fused",
+)  # fmt: skip
 EIGHT_BIT = ("sage", "sage_kernel_fp8", "sage1_compiled")
 # It compiles slowly.
 WITHOUT_FLEX = tuple(label for label in PEERS if label != "flex_compiled")

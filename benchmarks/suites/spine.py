@@ -20,7 +20,7 @@ from rcmlib.reference import relative_l2
 # The bf16 implementations of chapter 6's table.
 BF16 = (
     "flash", "flash_eager", "flash_compiled", "cudnn", "cudnn_eager", "cudnn_compiled",
-    "triton", "triton_skip", "fused",
+    "fa4", "fa4_compiled", "triton", "triton_skip", "fused",
 )  # fmt: skip
 THREE_ROWS = "Three query rows of each checked against float64 first."
 # name: (B, H, N, D)

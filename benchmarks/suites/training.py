@@ -13,7 +13,12 @@ from rcmlib import reference
 from rcmlib.attention import attention
 from rcmlib.measure import timing
 from rcmlib.measure.benchmark import case, check
-from rcmlib.measure.implementations import Inputs, attention_inputs, implementation
+from rcmlib.measure.implementations import (
+    Inputs,
+    attention_inputs,
+    implementation,
+    installed,
+)  # fmt: skip
 
 GRADIENTS = {  # (B, H, N, D)
     "D64_N2048": (4, 12, 2048, 64),
@@ -24,7 +29,9 @@ GRADIENTS = {  # (B, H, N, D)
     "D128_N8192": (2, 16, 8192, 128),
 }
 # triton_skip is our own kernels in two passes: what sets it apart from fused is fusion.
-TRAINED = ("flash_eager", "flash_compiled", "cudnn_compiled", "triton_skip", "fused")
+TRAINED = (
+    "flash_eager", "flash_compiled", "cudnn_compiled", "fa4_compiled", "triton_skip", "fused",
+)  # fmt: skip
 
 
 def training_step(label: str, inputs: Inputs, g: Tensor) -> Callable[[], tuple]:
@@ -71,7 +78,7 @@ def gradient_error(gradients, inputs, g: Tensor) -> float:
 def gradients_case(name: str) -> Iterator[dict]:
     inputs = attention_inputs(*GRADIENTS[name])
     g = torch.randn_like(inputs.x)
-    steps = {label: training_step(label, inputs, g) for label in TRAINED}
+    steps = {label: training_step(label, inputs, g) for label in installed(TRAINED)}
 
     def error(_, gradients):
         return gradient_error(gradients, inputs, g)

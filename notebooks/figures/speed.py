@@ -17,14 +17,15 @@ from rcmlib.measure.implementations import IMPLEMENTATIONS, TWO_PASS
 from rcmlib.measure.records import Estimate, estimate, fastest
 
 MARKERS = {"naive": "v", "flash_eager": "o", "flash_compiled": "o", "cudnn_compiled": "s",
-           "flex_compiled": "^", "triton_skip": "D", "fused": "D", "sage": "D",
-           "sage1_compiled": "P"}  # fmt: skip
+           "fa4_compiled": "X", "flex_compiled": "^", "triton_skip": "D", "fused": "D",
+           "sage": "D", "sage1_compiled": "P"}  # fmt: skip
 OURS = ("fused", "sage")
 SHORT = {  # where there is no room for a title
     "fused": "bf16",
     "sage": "8 bits",
     "flash_compiled": "flash",
     "cudnn_compiled": "cuDNN",
+    "fa4_compiled": "FA4",
 }
 
 
@@ -49,6 +50,11 @@ def speed(case: dict, label: str, peers: tuple[str, ...] = TWO_PASS) -> Estimate
         return np.minimum.reduce([found[n] for n in peers]) / found[label]
 
     return estimate(*(case["results"][n]["all_ms"] for n in names), of=ratio)
+
+
+def timed(labels: tuple[str, ...], cases: list[dict]) -> list[str]:
+    """Those of these implementations that every case has."""
+    return [n for n in labels if all(n in c["results"] for c in cases)]
 
 
 def steady(result: dict) -> bool:
@@ -168,6 +174,8 @@ def scaling():
     memory = records.record("scaling")["provenance"]["memory_mib"] * 2**20
     for label in ("naive", *TWO_PASS, "fused", "sage"):
         found = [c for c in cases if label in c["results"]]
+        if not found:
+            continue
         tokens = [c["N"] for c in found]
         pairs = [1e9 * strongest(c, (label,)) / (c["H"] * c["N"] ** 2) for c in found]
         left.plot(tokens, pairs, ms=4, **look(label))
@@ -204,7 +212,7 @@ def batches_and_heads():
     fig, (left, right) = new_figure(7.8, 3.5, ncols=2)
     labels = (*TWO_PASS, *OURS)
     cases = records.record("batch")["cases"]
-    for label in labels:
+    for label in timed(labels, cases):
         found = [c for c in cases if steady(c["results"][label])]
         times = [1e3 * strongest(c, (label,)) / c["B"] for c in found]
         left.plot([c["B"] for c in found], times, ms=4, **look(label))
@@ -214,7 +222,7 @@ def batches_and_heads():
     left.set(xlabel="batch size B (N = {N}, {H} heads of {D})".format(**cases[0]),
              ylabel="time a sample (µs)", ylim=(0, None))  # fmt: skip
     cases = records.record("dims")["cases"]
-    for label in labels:
+    for label in timed(labels, cases):
         rates = [_tflop_s(c, label) for c in cases]
         right.plot([c["D"] for c in cases], rates, ms=5, **look(label))
     right.set_xticks([c["D"] for c in cases])

@@ -7,7 +7,7 @@ What is known about one stands in its row of IMPLEMENTATIONS, where suites, ledg
 figures read it. It is built when it is asked for: nothing is compiled for the others.
 """
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -70,6 +70,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q, k, v)
+
+
+def fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-4 (CuTe DSL), which has to be installed. It takes [B, N, H, D]."""
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).flatten(2)
 
 
 def flex_then_skip(q, k, v, x, c_skip, c_out) -> Tensor:
@@ -185,10 +193,11 @@ class Implementation(NamedTuple):
     products: tuple[str, str] = ("bf16", "bf16")  # of q kᵀ and of p v; float16 has bf16's rate
     bound: float = 0.01  # the relative L2 error from which on it counts as wrong
     skip: bool = True  # False: attention alone
-    package: str | None = None  # that has to be installed for it
+    package: str | None = None  # that pip has to have installed for it
 
 
-FLASH, CUDNN, OURS, EIGHT = "#E69F00", "#7F7F7F", "#CC79A7", "#882255"
+FLASH, CUDNN, FA4 = "#E69F00", "#7F7F7F", "#661100"
+OURS, EIGHT = "#CC79A7", "#882255"
 alone_row = partial(Implementation, passes=(ATTENTION,), skip=False)
 eight_bit_row = partial(Implementation, products=("int8", "fp8"), bound=0.06)
 # fmt: off
@@ -205,6 +214,10 @@ IMPLEMENTATIONS = {row.label: row for row in (
         partial(two_pass, cudnn, eager_skip), (ATTENTION, *EAGER)),
     Implementation("cudnn_compiled", "cuDNN SDPA, compiled skip", CUDNN,
         partial(then_compiled_skip, cudnn), (ATTENTION, SKIP)),
+    alone_row("fa4", "FlashAttention-4, no skip", FA4, partial(alone, fa4),
+        package="flash-attn-4"),
+    Implementation("fa4_compiled", "FlashAttention-4, compiled skip", FA4,
+        partial(then_compiled_skip, fa4), (ATTENTION, SKIP), package="flash-attn-4"),
     Implementation("flex_compiled", "FlexAttention, compiled skip", "#44AA99",
         flex_compiled, (ATTENTION, SKIP)),
     Implementation("fused_pytorch", "PyTorch's choice of SDPA, addcmul", FLASH,
@@ -231,13 +244,14 @@ IMPLEMENTATIONS = {row.label: row for row in (
         package="sageattention"),
 )}
 # fmt: on
-TWO_PASS = ("flash_compiled", "cudnn_compiled")  # the strongest peers
+TWO_PASS = ("flash_compiled", "cudnn_compiled", "fa4_compiled")  # the strongest peers
 
 
 def installed(labels: Iterable[str]) -> list[str]:
     """labels without those whose package is missing here."""
+    found = {d.name for d in importlib.metadata.distributions()}
     needs = ((label, IMPLEMENTATIONS[label].package) for label in labels)
-    return [label for label, p in needs if p is None or importlib.util.find_spec(p)]
+    return [label for label, package in needs if package is None or package in found]
 
 
 def implementation(label: str, inputs: Inputs) -> Run:
