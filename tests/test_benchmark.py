@@ -17,8 +17,9 @@ import rcmlib
 from benchmarks import __main__ as program
 from benchmarks import host, provenance, records, regression, run_suites, traffic
 from benchmarks.provenance import as_text
-from benchmarks.suites import SUITES, training
+from benchmarks.suites import SUITES, blocks, training
 from benchmarks.suites.suite import Suite
+from rcmlib import reference
 from rcmlib.measure import benchmark, implementations, timing
 from rcmlib.measure.benchmark import table
 from rcmlib.measure.implementations import IMPLEMENTATIONS
@@ -496,6 +497,16 @@ def test_the_labels_of_training_and_of_traffic_are_in_the_table():
     for one in records.record("traffic")["cases"]:
         counted |= one["traffic"].keys()
     assert counted - IMPLEMENTATIONS.keys() == {"negate"}
+
+
+def test_addmm_in_place_is_the_projection_with_its_skip():
+    a, weight, bias, x = (
+        torch.randn(*shape) for shape in ((1, 5, 4), (3, 4), (3,), (1, 5, 3))
+    )
+    before, c = x.clone(), torch.tensor([[0.3], [0.8]], dtype=torch.float64)
+    out = blocks.addmm_in_place(a, weight, bias, x, *c)()
+    ref = reference.rcm_projection(a, weight, bias, x, *c)
+    assert reference.relative_l2(out, ref) < 1e-6 and torch.equal(x, before)
 
 
 def test_what_is_not_installed_is_left_out(monkeypatch):

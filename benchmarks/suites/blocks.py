@@ -68,6 +68,8 @@ def projection_case(name: str) -> Iterator[dict]:
         "linear_compiled": lambda: skip(x, linear(), *c),
         "fused": lambda: rcmlib.rcm_projection(a, weight, bias, x, *c),
     }
+    if batch == 1:
+        with_skip["addmm"] = addmm_in_place(a, weight, bias, x, *c)
     with_gate = {
         "gated_compiled": lambda: gating(x, linear(), gate),
         "gated_fused": lambda: rcmlib.gated_projection(a, weight, bias, x, gate),
@@ -92,6 +94,15 @@ def projection_case(name: str) -> Iterator[dict]:
     sizes = dict(zip("BNKC", PROJECTIONS[name], strict=True))
     times = timing.compare(functions, failed=checked.failed)
     yield case(name, sizes, times, checked)
+
+
+def addmm_in_place(a, weight, bias, x, c_skip, c_out) -> Callable[[], Tensor]:
+    """The skip as cuBLAS has it, β·x + α·a Wᵀ: for one pair of coefficients, in x's place,
+    and with a bias that has been added to x before (x + c_out/c_skip·b). Only the first call
+    has x to start from."""
+    beta, alpha = c_skip.item(), c_out.item()
+    own = (x[0].float() + alpha / beta * bias.float()).to(x.dtype)
+    return lambda: own.addmm_(a[0], weight.T, beta=beta, alpha=alpha)[None]
 
 
 def projection_gradients(a, weight, bias, x, c, g) -> tuple[Tensor, ...]:
@@ -228,7 +239,8 @@ SUITES = {
     "projection": Suite(
         "The output projection with the skip or a gated residual, a [B, N, K] and weight "
         "[C, K]: cuBLAS and a compiled skip, and the fused kernel; forward, and forward with "
-        "backward (train_*).",
+        "backward (train_*). addmm: one call of cuBLAS in x's place, for one pair of "
+        "coefficients, its bias added to x before.",
         "bf16, random normal inputs, coefficients [B] in float64, gate [B, C]. Steps with "
         "backward are replayed from a CUDA graph. Each checked first, against cuBLAS's "
         "product and a skip in float64, or (gradients) PyTorch in float32.",
