@@ -62,18 +62,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+def sdpa_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
         return sdpa(q, k, v)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v)
+flash = partial(sdpa_by, SDPBackend.FLASH_ATTENTION)
+cudnn = partial(sdpa_by, SDPBackend.CUDNN_ATTENTION)
 
 
 def fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-4 (CuTe DSL), which has to be installed. It takes [B, N, H, D]."""
+    """FlashAttention-4 (CuTe DSL), which takes [B, N, H, D]."""
     from flash_attn.cute import flash_attn_func
 
     out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
@@ -88,8 +87,7 @@ def flex_then_skip(q, k, v, x, c_skip, c_out) -> Tensor:
 
 
 def sage_one(q: Tensor, k: Tensor, v: Tensor) -> Run:
-    """SageAttention 1.0.6 (INT8 q kᵀ, FP16 p v), which has to be installed. It subtracts k's
-    mean from k in place, so it gets a k of its own."""
+    """SageAttention 1.0.6 (INT8 q kᵀ, FP16 p v). It changes k, so it gets a k of its own."""
     from sageattention import sageattn
 
     own_k = k.clone()
@@ -109,12 +107,8 @@ def addcmul_skip(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
 
 
 def compile_skip() -> Callable[..., Tensor]:
-    """`eager_skip` compiled for one shape, the best that torch.compile can do.
-
-    torch.compile finds a shape again by the function's code: a second call compiles nothing.
-    After eight shapes it would fall back to eager PyTorch, silently; fullgraph makes that an
-    error, and torch.compiler.reset() a fresh start.
-    """
+    """`eager_skip` compiled for one shape, the best that torch.compile can do. After eight
+    shapes it would be eager, silently: fullgraph makes that an error."""
     return torch.compile(eager_skip, dynamic=False, fullgraph=True)
 
 
@@ -163,8 +157,7 @@ EAGER = (("c_skip·x", "x", "a"), ("c_out·F", "F", "b"), ("a + b", "a b", "out"
 SKIP = ("skip", "x F", "out")  # torch.compile's, or `rcmlib.rcm_skip`
 FUSED = ("attention + skip", "q k v x", "out")
 FUSED_8 = ("8-bit attention + skip", "q8 k8 v8 x", "out")
-# q, k and v are views of a packed QKV, of which torch.matmul makes contiguous copies.
-# S, scaled and P are the N×N matrices, in q's dtype.
+# torch.matmul copies views of a packed QKV. S, scaled and P are N×N, in q's dtype.
 NAIVE = (
     ("copy q", "q", "q2"), ("copy k", "k", "k2"), ("q kᵀ", "q2 k2", "S"),
     ("scale", "S", "scaled"), ("softmax", "scaled", "P"), ("copy v", "v", "v2"),
@@ -249,9 +242,8 @@ TWO_PASS = ("flash_compiled", "cudnn_compiled", "fa4_compiled")  # the strongest
 
 def installed(labels: Iterable[str]) -> list[str]:
     """labels without those whose package is missing here."""
-    found = {d.name for d in importlib.metadata.distributions()}
-    needs = ((label, IMPLEMENTATIONS[label].package) for label in labels)
-    return [label for label, package in needs if package is None or package in found]
+    found = {None} | {d.name for d in importlib.metadata.distributions()}
+    return [label for label in labels if IMPLEMENTATIONS[label].package in found]
 
 
 def implementation(label: str, inputs: Inputs) -> Run:

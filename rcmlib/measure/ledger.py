@@ -4,9 +4,8 @@
     total(passes)             # bytes, caches ignored: every tensor a pass touches crosses HBM
     hbm(passes, 50 * 2**20)   # bytes, when an L2 cache of 50 MiB keeps what it can
 
-Left out, at most a thirty-second of a tensor each: what has one number a row or fewer (scales,
-means, log-sum-exps, coefficients), and padding. The repeated reads of k and v within a kernel
-are taken to find them in L2. Chapter 2 derives the counts, chapter 12 tries them.
+Left out: what has one number a row or fewer (scales, means, log-sum-exps, coefficients), and
+padding. Repeated reads of k and v within a kernel find them in L2 (chapters 2 and 12).
 """
 
 from collections.abc import Callable
@@ -56,10 +55,9 @@ def tensors(passes: list[Pass]) -> int:
 def hbm(passes: list[Pass], l2_bytes: float = 0) -> Traffic:
     """What crosses HBM when the last `l2_bytes` bytes touched are still in the L2 cache.
 
-    The assumptions: a pass streams through its tensors side by side, from front to back. The
-    cache forgets what was touched longest ago, and is empty at the start. What is written
-    reaches HBM once. So l2_bytes = 0 gives `total`, and an infinite one reads each input once
-    and never what the pipeline wrote itself.
+    A pass streams through its tensors side by side, from front to back. The cache forgets what
+    was touched longest ago, and is empty at first. What is written reaches HBM once. So 0 gives
+    `total`, and an infinite l2_bytes reads each input once, and never what was written here.
     """
     read, last = 0.0, {}
     for i, step in enumerate(passes):

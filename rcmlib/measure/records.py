@@ -1,5 +1,4 @@
-"""Measurement records: JSON files that `python -m benchmarks` writes, with the numbers and
-where they come from: machine, driver, commit."""
+"""Records: JSON files of `python -m benchmarks`: numbers, machine, driver, commit."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -62,8 +62,8 @@ def compare(
     A GPU under load lowers its clock: in a fixed order, the last function would pay for it.
     Before each call L2 is overwritten, as in a model where other layers ran in between.
     rounds × repeats samples a function, fewer where they would take longer than budget_ms.
-    A function that raises is named in `failed` with its reason, and the others go on; without
-    `failed` the error is raised. RuntimeError without a CUDA device.
+    A function that raises is named in `failed`, and the others go on; without `failed` the
+    error is raised. RuntimeError without a CUDA device.
     """
     clock = Clock()
     shares = {}
@@ -99,8 +99,7 @@ def _warm_up(fn: Callable[[], object], clock: Clock) -> float:
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
-    """The most bytes that one call holds at a time, above what exists before it. fn has to
-    have run once before: a first call also compiles and keeps workspaces."""
+    """The most bytes that one call, not the first, holds above what exists before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
