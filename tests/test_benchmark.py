@@ -513,7 +513,9 @@ def test_what_is_not_installed_is_left_out(monkeypatch):
     """By the name that pip knows it by: FlashAttention-2 has flash_attn, too."""
     found = SimpleNamespace(name="flash-attn"), SimpleNamespace(name="sageattention")
     monkeypatch.setattr(
-        implementations.importlib.metadata, "distributions", lambda: found
+        implementations.importlib.metadata,
+        "distributions",
+        lambda name: (d for d in found if d.name == name),
     )
     wanted = ["cudnn", "fa4", "fa4_compiled", "sage1_compiled", "fused"]
     assert implementations.installed(wanted) == ["cudnn", "sage1_compiled", "fused"]

@@ -41,7 +41,8 @@ def side_by_side(
     **options,
 ) -> Suite:
     """The implementations of these labels, those installed, at each shape (B, H, N, D)."""
-    each = [(name, shape, installed(labels)) for name, shape in shapes.items()]
+    found = installed(labels)
+    each = [(name, shape, found) for name, shape in shapes.items()]
 
     def cases(*arguments):
         yield benchmark_shape(*arguments, **options)

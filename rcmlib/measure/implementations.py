@@ -242,8 +242,8 @@ TWO_PASS = ("flash_compiled", "cudnn_compiled", "fa4_compiled")  # the strongest
 
 def installed(labels: Iterable[str]) -> list[str]:
     """labels without those whose package is missing here."""
-    found = {None} | {d.name for d in importlib.metadata.distributions()}
-    return [label for label in labels if IMPLEMENTATIONS[label].package in found]
+    needs = ((n, IMPLEMENTATIONS[n].package) for n in labels)
+    return [n for n, p in needs if p is None or any(importlib.metadata.distributions(name=p))]
 
 
 def implementation(label: str, inputs: Inputs) -> Run:
