@@ -14,8 +14,8 @@ The book's measurements, and yours: python -m benchmarks suites [NAME ...] [OPTI
 Without a NAME all of them. Each is one record: quick, seed, video, wan, scaling, batch, dims
 (all implementations side by side), layers (whole modules), launch (the host time of a call);
 ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention, tiles and one_over_n
-(chapter 6), gradients (chapter 7), projection, modules and blocks (chapter 8), sage_quantize,
-sage, sage_crossover and sage_accuracy (chapters 9 to 11). `sageattention==1.0.6` is timed too
+(chapter 6), gradients (chapter 8), projection, modules and blocks (chapter 9), sage_quantize,
+sage, sage_crossover and sage_accuracy (chapters 10 to 12). `sageattention==1.0.6` is timed too
 where it is installed.
 
 Every implementation of the skip is checked first, on the very inputs it is timed on, and

@@ -37,7 +37,7 @@ def main() -> None:
         print(f"  {IMPLEMENTATIONS[label].title:<32}  {megabytes:8.1f} MB")
 
     times = timing.compare({n: implementation(n, inputs) for n in SHOWN}) if gpu else {}
-    print("\ntimes" if gpu else "\ntimes: take a GPU, or see ours in the book's chapter 13")
+    print("\ntimes" if gpu else "\ntimes: take a GPU, or see ours in the book's chapter 14")
     for label, found in times.items():
         print(f"  {IMPLEMENTATIONS[label].title:<32}  {found.median_ms:8.3f} ms")
 

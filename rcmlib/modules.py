@@ -152,7 +152,7 @@ class TransformerBlock(nn.Module):
     The order is that of a Wan or TurboDiffusion block, without text and modulation (for
     those: `rcmlib.wan`). At t = 0 attention falls away and h = x; the MLP remains.
     `rcmlib.integrate.fuse` replaces its attention. The MLP's residual is left to PyTorch:
-    behind so long a product, an epilogue gains less than our product loses (chapter 8).
+    behind so long a product, an epilogue gains less than our product loses (chapter 9).
     Parameters: attn.norm.*, attn.qkv.*, attn.proj.*, norm.*, mlp.0.*, mlp.2.*.
     """
 

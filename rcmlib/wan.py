@@ -160,7 +160,7 @@ class FusedWanBlock(WanBlock):
     lend their weights to the kernels; each is called instead where it is more than it was (an
     adapter, a hook, a quantised weight), and PyTorch does the rest. The FFN's residual is
     left to PyTorch: behind so long a product (K = 8960), an epilogue gains less than our
-    product loses against cuBLAS (chapter 8).
+    product loses against cuBLAS (chapter 9).
     """
 
     def add_attention(self, x: Tensor, h: Tensor, gate: Tensor, grid: Grid) -> Tensor:

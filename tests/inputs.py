@@ -16,6 +16,10 @@ needs_fp8 = pytest.mark.skipif(
 )
 
 
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 def heads(shape, dtype, device, seed=0):
     """Random q, k, v, x and per-sample coefficients for (B, H, Nq, Nkv, D)."""
     batch, num_heads, q_len, kv_len, dim = shape

@@ -6,11 +6,12 @@ Prints how many launches were compared, and how many different kernels they ran.
 """
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -76,7 +77,9 @@ def launch_and_compare(self, *tensors):
     """Then Triton's own launch: by name as the plan has it, checked descriptors included."""
     planned_launch(self, *tensors)
     assert RAN[-1][2] == DRIVER.stream
-    boxed = [TensorDescriptor(t, *b) for t, b in zip(tensors, self.boxes, strict=False)]
+    boxed = [
+        checked_descriptor(t, *b) for t, b in zip(tensors, self.boxes, strict=False)
+    ]
     tensors = (*boxed, *tensors[len(boxed) :])
     self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
     (compiled, grid, _, arguments), (chosen, its_grid, _, expected) = RAN
@@ -89,8 +92,13 @@ def launch_and_compare(self, *tensors):
     COMPARED.append(chosen)
 
 
+def checked_descriptor(tensor, *box):
+    """Triton's, or Gluon's, which has a layout, too."""
+    return (TensorDescriptor if len(box) == 3 else gluon.TensorDescriptor)(tensor, *box)
+
+
 def same(a, b):
-    if isinstance(b, TensorDescriptor):
+    if is_dataclass(b):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(b))
     return (
         a is b if isinstance(b, torch.Tensor) else a == b

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import rcmlib
 from rcmlib import reference
 from rcmlib.attention import forward as attention
+from rcmlib.attention import tiles
 from rcmlib.core.launch import PLANS, descriptors_allowed
 from tests.inputs import (
     DTYPES,
@@ -17,6 +18,7 @@ from tests.inputs import (
     check_each_sample_alone,
     check_x_at_t_zero,
     heads,
+    on_hopper,
     torch_attention,
     without_a_gpu,
 )
@@ -32,12 +34,24 @@ SHAPES = [  # (B, H, Nq, Nkv, D)
 ]
 
 
-@pytest.fixture(params=[None, True, False], ids=["as_is", "as_few_rows", "as_many"])
+@pytest.fixture(
+    params=[None, True, False, "team"],
+    ids=["as_is", "as_few_rows", "as_many", "by_hoppers_own"],
+)
 def sizes(request, monkeypatch):
-    """Small inputs are launched as what they are; and as long ones, of few or many rows."""
-    if request.param is not None:
+    """Small inputs are launched as what they are; and as long ones, of few or many rows, or
+    by Hopper's own kernel."""
+    if request.param == "team":
+        if not on_hopper():
+            pytest.skip("needs a Hopper GPU")
+        choose = tiles.choose_team  # as on a GPU for which nothing is too little
+        monkeypatch.setattr(attention, "choose_team", lambda *a: choose(*a[:-1], None))
+    elif request.param is not None:
         monkeypatch.setattr(attention, "few_rows", lambda *_: request.param)
+        monkeypatch.setattr(attention, "choose_team", lambda *_: None)
+    if request.param is not None:
         monkeypatch.setattr(attention, "SHORT", 0)
+        monkeypatch.setattr(tiles, "SHORT", 0)
     PLANS.clear()
     yield
     PLANS.clear()

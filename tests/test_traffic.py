@@ -247,7 +247,7 @@ def test_the_counters_agree_with_the_bytes_of_one_simple_kernel():
         assert found["read_bytes"] == pytest.approx(tensor, rel=0.01)
         if (
             case["name"] != "seed"
-        ):  # the first call that the profiler sees has 12 MB too many (chapter 12)
+        ):  # the first call that the profiler sees has 12 MB too many (chapter 13)
             written = found["write_bytes"] + found["left_bytes"]
             assert written == pytest.approx(tensor, rel=0.02)
 

@@ -23,8 +23,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rcmlib
-from rcmlib.attention import attention
-from rcmlib.core import device_capability
+from rcmlib import core
+from rcmlib.attention import attention, forward
 from rcmlib.core.launch import PLANS
 from rcmlib.projection import kernel as projection
 from rcmlib.sage import PV, sage_attention
@@ -78,7 +78,7 @@ def attention_calls() -> Iterator[Call]:
 
 
 def sage_calls() -> Iterator[Call]:
-    fp8 = DEVICE == "cpu" or device_capability(torch.device(DEVICE)) >= (8, 9)
+    fp8 = DEVICE == "cpu" or core.device_capability(torch.device(DEVICE)) >= (8, 9)
     for pv in PV if fp8 else ["fp16"]:
         for dim in (17, 64, 128, 256):
             for q_len, kv_len in LENGTHS[:3]:
@@ -155,7 +155,17 @@ class ProductsOnTheCpu(TorchDispatchMode):
 
 def one_multiprocessor():
     """Small shapes launch what large ones do: no GPU is too large for them."""
-    return mock.patch("rcmlib.attention.tiles.multiprocessors", lambda device: 1)
+    return mock.patch.object(core, "multiprocessors", lambda device: 1)
+
+
+@contextlib.contextmanager
+def without_teams():
+    """The plain kernel, as large shapes launch it elsewhere than on Hopper."""
+    with (
+        one_multiprocessor(),
+        mock.patch.object(forward, "choose_team", lambda *_: None),
+    ):
+        yield
 
 
 def many_rows():
@@ -172,6 +182,7 @@ def make_calls(first: int, step: int) -> int:
     groups = [
         (contextlib.nullcontext, attention_calls),
         (one_multiprocessor, attention_calls),
+        (without_teams, attention_calls),
         (contextlib.nullcontext, projection_calls),
         (many_rows, projection_calls),
         (contextlib.nullcontext, sage_calls),

@@ -1,4 +1,4 @@
-"""Chapter 8: the projection with the skip in its epilogue, modules and whole blocks."""
+"""Chapter 9: the projection with the skip in its epilogue, modules and whole blocks."""
 
 import contextlib
 import copy

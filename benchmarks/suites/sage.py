@@ -1,4 +1,4 @@
-"""Chapters 9 to 11: the 8-bit copies, the 8-bit kernel, its accuracy, and where it pays."""
+"""Chapters 10 to 12: the 8-bit copies, the 8-bit kernel, its accuracy, and where it pays."""
 
 from collections.abc import Iterator
 from functools import partial

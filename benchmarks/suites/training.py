@@ -1,4 +1,4 @@
-"""Chapter 7: forward and backward of attention with the skip, and the parts of ours."""
+"""Chapter 8: forward and backward of attention with the skip, and the parts of ours."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Chapter 10: E4M3's numbers, the weights' range, what the accumulator drops, the budget."""
+"""Chapter 11: E4M3's numbers, the weights' range, what the accumulator drops, the budget."""
 
 import numpy as np
 from matplotlib.patches import Rectangle

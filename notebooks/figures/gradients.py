@@ -1,4 +1,4 @@
-"""Chapter 7: what a wrong F does to δ and dq, the two walks, two loss curves, the record."""
+"""Chapter 8: what a wrong F does to δ and dq, the two walks, two loss curves, the record."""
 
 from matplotlib.patches import Rectangle
 

@@ -1,4 +1,4 @@
-"""Chapter 9: who shares a scale, outlier channels, errors, and what the copies cost."""
+"""Chapter 10: who shares a scale, outlier channels, errors, and what the copies cost."""
 
 from matplotlib.patches import Rectangle
 

@@ -1,4 +1,4 @@
-"""Chapter 8: a tile of a matrix product, the 1/K law, a Wan block's residuals, block times."""
+"""Chapter 9: a tile of a matrix product, the 1/K law, a Wan block's residuals, block times."""
 
 from matplotlib.patches import FancyBboxPatch, Rectangle
 

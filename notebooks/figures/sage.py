@@ -1,4 +1,4 @@
-"""Chapter 11: who holds which score, what takes turns, and where 8 bits win."""
+"""Chapter 12: who holds which score, what takes turns, and where 8 bits win."""
 
 from matplotlib.patches import Rectangle
 

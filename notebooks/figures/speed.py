@@ -1,4 +1,4 @@
-"""Chapter 13: how a time is taken, who is faster where, and what holds them.
+"""Chapter 14: how a time is taken, who is faster where, and what holds them.
 
 The roofline, the launch path, who wins at which length, and the reader's own GPU.
 """

@@ -1,4 +1,4 @@
-"""Chapter 12: bytes as boxes, where the counters sit, a cache's size, predicted and counted."""
+"""Chapter 13: bytes as boxes, where the counters sit, a cache's size, predicted and counted."""
 
 import numpy as np
 from matplotlib.patches import Rectangle

@@ -34,9 +34,9 @@ def rcm_attention(
     query. So gradients are exact to rounding at any noise level, t = 0 included. The weights
     are recomputed from that float32: with scores s they gain a relative error of 6e-8·|s|.
     Time, bfloat16 on Hopper with D ≤ 128 and more than 512 keys: weights are relative to the
-    largest score among the last 32 to 95 keys (causal: along the diagonal). Where others are 80
-    or more above it, or one is NaN or +inf, that block of queries is computed twice. So leave
-    padding keys out, or in front, rather than push their scores down.
+    largest score among the last 32 to 191 keys (causal: along the diagonal). Where others are
+    80 or more above it, or one is NaN or +inf, that block of queries is computed twice. So
+    leave padding keys out, or in front, rather than push their scores down.
     Second derivatives and forward mode (torch.func.jvp) raise an error.
     Raises TypeError or ValueError for anything else, RuntimeError where Triton is missing.
     Specification: `rcmlib.reference.rcm_attention`. Equation: rCM, arXiv 2510.08431.

@@ -10,6 +10,7 @@ For a backward pass (backward.py) f and lse [B, H, Nq] are written too.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from rcmlib import core
-from rcmlib.attention.tiles import LOG2_E, SHORT, choose_tile, few_rows
+from rcmlib.attention.tiles import LOG2_E, SHORT, choose_team, choose_tile, few_rows
 from rcmlib.core import launch
 from rcmlib.core.epilogue import load_coefficient, skip_epilogue
 from rcmlib.core.rows import Place, Rows, key_range, load_rows, mask_scores, own_rows
@@ -215,13 +216,21 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
 
 def attention_plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor | None,
-    per_sample: bool, is_causal: bool, tile: launch.Tile | None = None,
+    per_sample: bool, is_causal: bool, tile: launch.Tile | launch.Team | None = None,
 ) -> launch.Plan:  # fmt: skip
-    """The launch of `attention_kernel` for tensors like these; tile: instead of the chosen."""
+    """The launch of `attention_kernel`, or of Hopper's, for tensors like these. tile: instead
+    of the chosen tile or team."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
-    block_d = triton.next_power_of_2(head_dim)
     capability = core.device_capability(q.device)
+    compiled = not core.interpreting()
+    if tile is None and compiled and launch.descriptors_allowed(*sources(q, k, v, x)):
+        shape, sms = (batch * heads, q_len, kv_len, head_dim), core.multiprocessors(q.device)
+        tile = choose_team(shape, q.dtype, capability, is_causal, sms)
+    if isinstance(tile, launch.Team):
+        hopper_plan = core.load("rcmlib.attention.hopper").hopper_plan
+        return hopper_plan(q, k, v, x, per_sample, is_causal, tile)
+    block_d = triton.next_power_of_2(head_dim)
     few = few_rows(batch * heads * triton.cdiv(q_len, 128), q.device)
     tma = not few and launch.descriptors_allowed(q, k, v)
     tma = tma and core.copy_engine(q.dtype, capability)
@@ -245,12 +254,21 @@ def attention_plan(
     )  # fmt: skip
 
 
-def attention_forward(
-    q, k, v, x, c_skip, c_out, scale, is_causal, save=False, plan: launch.Plan | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Launches `attention_kernel` on checked inputs (see `rcmlib.rcm_attention`).
+def sources(q, k, v, x) -> tuple[torch.Tensor, ...]:
+    """What is read, as [B, H, N, D]: x, if there is one, as its heads lie in it."""
+    if x is None:
+        return q, k, v
+    return q, k, v, x.unflatten(-1, (q.shape[1], q.shape[3])).transpose(1, 2)
 
-    c_skip, c_out: two floats or two [B]. plan: the one of these arguments, if it is known.
+
+def attention_forward(
+    q, k, v, x, c_skip, c_out, scale, is_causal, save=False,
+    plan: launch.Plan | launch.Tile | launch.Team | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Launches `attention_kernel` on checked inputs (see `rcmlib.rcm_attention`), or Hopper's.
+
+    c_skip, c_out: two floats or two [B]. plan: the one of these arguments, if it is known; or
+    a tile or team, to be planned with.
     Returns (out,), or with `save` what the backward pass needs: (out, f, lse). With x = None
     it is attention alone; then out is f, and the f returned is empty.
     """
@@ -261,11 +279,12 @@ def attention_forward(
     if save:
         f = launch.result(q, tokens, wanted=x is not None)
         lse = launch.result(q, (batch, heads, q_len), torch.float32)
-    if plan is None:
+    if not isinstance(plan, launch.Plan):
+        per_sample, tile = isinstance(c_skip, torch.Tensor), plan
+        make = partial(attention_plan, q, k, v, x, per_sample, is_causal, tile)
         kind = "attention" if x is None else "rcm_attention"
         key = launch.key_of(kind, (q, k, v, x, c_skip, c_out), is_causal, save)
-        per_sample = isinstance(c_skip, torch.Tensor)
-        plan = launch.planned(key, lambda: attention_plan(q, k, v, x, per_sample, is_causal))
+        plan = launch.planned(key, make) if tile is None else make()
     f_out = None if x is None else f
     plan.launch(q, k, v, x, out, f_out, lse, c_skip, c_out, scale * LOG2_E)
     return (out, f, lse) if save else (out,)

@@ -1,6 +1,6 @@
 """Which tile of attention a GPU gets: forward, backward and 8-bit, by head size and dtype.
 
-D ≤ 128 on sm_90 was measured (chapters 6, 7 and 11); the other lines compile without a register
+D ≤ 128 on sm_90 was measured (chapters 6, 8 and 12); the other lines compile without a register
 spilled in a loop (tests/test_compilation.py).
 """
 
@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 import triton
 
-from rcmlib.core import copy_engine, multiprocessors
-from rcmlib.core.launch import Tile
+from rcmlib import core
+from rcmlib.core.launch import Team, Tile
 
 LOG2_E = math.log2(math.e)  # exp(s) = exp2(s·log2 e), and exp2 is one GPU instruction
 SHORT = 512  # keys: below, one loop that keeps track of the maximum is faster than two
@@ -49,7 +49,7 @@ def choose_tile(
         if tma:
             return Tile(64, 128, num_warps=4, num_stages=2, maxnreg=168)
         return tile
-    if copy_engine(dtype, capability):
+    if core.copy_engine(dtype, capability):
         if block_d == 128:
             return Tile(64, 64, num_warps=4, num_stages=3)
         return Tile(64, 128, num_warps=4, num_stages=2)
@@ -58,13 +58,53 @@ def choose_tile(
     return Tile(64, 64, num_warps=4, num_stages=3)
 
 
+# TFLOP/s of long sequences on an H200 (one run, in no record yet): of the plain kernel, of two
+# groups, of three; without and with a causal mask.
+RATES = {64: ((541, 528, 613), (486, 489, 469)), 128: ((650, 768, 0), (570, 706, 0))}
+
+
+def choose_team(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, capability: tuple[int, int],
+    is_causal: bool, sms: int | None,
+) -> Team | None:  # fmt: skip
+    """Who computes attention on Hopper; None where the plain kernel is faster, or has to.
+
+    The fastest by a count: of the rounds in which so many SMs do all blocks of queries (causal:
+    pairs of blocks), of the queries in a block, and of the rate on long sequences.
+    shape: heads of all samples, queries, keys, D. sms: of the GPU; None where there is none:
+    then only the rates count.
+    """
+    heads, q_len, kv_len, head_dim = shape
+    if capability[0] != 9 or dtype == torch.float32 or head_dim > 128:
+        return None
+
+    def blocks(rows):
+        return triton.cdiv(heads * triton.cdiv(q_len, rows), 2 if is_causal else 1)
+
+    def time(rows, rate, least=1):
+        rounds = max(least, triton.cdiv(blocks(rows), sms)) if sms else 1 / rows
+        return rounds * rows / rate if rate else math.inf
+
+    plain, two, three = RATES[max(64, triton.next_power_of_2(head_dim))][is_causal]
+    # Of the plain kernel's programs an SM has two or three at a time.
+    times = {1: time(64, plain, least=2), 2: time(128, two), 3: time(192, three)}
+    if sms and blocks(128) < sms / 2:  # too few to be worth the longer start
+        return None
+    groups = min(times, key=times.get)
+    if groups == 1:
+        return None
+    fixed = dtype == torch.bfloat16 and kv_len > SHORT
+    registers = 160 if groups == 3 else 240
+    return Team(128, groups, 2, registers, turns=True, fixed=fixed)
+
+
 def few_rows(blocks: int, device: torch.device) -> bool:
     """Are so many blocks of 128 rows too few to keep the SMs of this GPU busy?
 
     Then a program owns one block of 64, so that there are more of them, and reads by pointers:
     encoding three descriptors takes a third of a launch that takes longer than its kernel.
     """
-    sms = multiprocessors(device)
+    sms = core.multiprocessors(device)
     return sms is not None and blocks < 1.5 * sms
 
 
@@ -83,7 +123,7 @@ def choose_backward_tiles(
         if block_d == 256:
             return Tile(16, 16, 16, 1), Tile(16, 16, 8, 2)
         return Tile(16, 32, 8, 1), Tile(16, 16, 8, 2)
-    if copy_engine(dtype, capability):
+    if core.copy_engine(dtype, capability):
         if block_d == 256:
             return Tile(16, 64, 8, 2), Tile(64, 32, 8, 2)
         # Masks, and addresses where there is no copy engine, need registers, too.

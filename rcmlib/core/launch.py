@@ -116,7 +116,33 @@ class Variant(Tile):
     precision: str = "tf32"  # "ieee" for float32; 16-bit products have but one
 
 
-Box = tuple[list, list, list]  # a tensor's shape and strides, and the shape of one copy
+@dataclass(frozen=True)
+class Team:
+    """Warps with jobs on Hopper, and the tiles that they share (attention/hopper.py)."""
+
+    block_n: int  # keys
+    groups: int  # of four warps, each of which owns 64 queries: 2 or 3
+    stages: int  # tiles of keys, and of values, on their way or in use
+    registers: int  # of a thread in a group; the warp that copies gets by with 24
+    turns: bool = False  # the groups take turns on the tensor core
+    fixed: bool = False  # as a Tile's
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeamVariant(Team):
+    """How the kernel for a Team is compiled."""
+
+    head_dim: int
+    block_d: int  # 64 or 128
+    causal: bool
+    ragged: bool
+    per_sample: bool
+    num_warps: int = 4  # of the first group; the kernel asks for the others
+    num_stages: int = 1  # Triton has nothing to pipeline
+
+
+# A tensor's shape and strides, the shape of one copy; for Gluon also its layout there.
+Box = tuple[list, list, list] | tuple[list, list, list, object]
 
 
 class Plan:
@@ -148,7 +174,7 @@ class Plan:
         """On the current stream and device. tensors: the kernel's first arguments: tensors,
         None, and floats, on whose values Triton never specialises."""
         if self.boxes:
-            described = map(_descriptor_class(), tensors, self.boxes)
+            described = map(_descriptor_class(len(self.boxes[0]) > 3), tensors, self.boxes)
             tensors = (*described, *tensors[len(self.boxes) :])
         if self.run is None:
             try:
@@ -167,15 +193,20 @@ class Plan:
 
 
 @functools.cache
-def _descriptor_class() -> type:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def _descriptor_class(gluon: bool) -> type:
+    if gluon:
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    else:
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
     class Descriptor(TensorDescriptor):
         """Without the checks at every call. Planning makes sure of what they ask."""
 
         def __init__(self, base: Tensor, box: Box):
             self.base = base
-            self.shape, self.strides, self.block_shape = box
+            self.shape, self.strides, self.block_shape, *rest = box
+            if rest:
+                (self.layout,) = rest
 
     return Descriptor
 

@@ -18,7 +18,7 @@ from rcmlib.measure import implementations, timing
 from rcmlib.measure.implementations import IMPLEMENTATIONS, TWO_PASS, Inputs, Run, installed
 from rcmlib.measure.records import estimate, fastest
 
-# Variants of one kernel are chapter 11's subject, and stay out of the comparison.
+# Variants of one kernel are chapter 12's subject, and stay out of the comparison.
 PEERS = tuple(n for n in IMPLEMENTATIONS if n == "sage_kernel_fp8" or "sage_kernel" not in n)
 
 

@@ -38,6 +38,7 @@ class Compiled(NamedTuple):
     ptx: str
     registers: int
     spill_bytes: int
+    serialized: bool  # wgmma that ptxas has wait for one another
     shared_bytes: int
 
 
@@ -60,7 +61,7 @@ def _in_another_process(share) -> list[dict[str, Compiled]]:
     command, given = [sys.executable, "-c", code], pickle.dumps(share)
     done = subprocess.run(command, input=given, capture_output=True, env=env)
     if done.returncode:
-        raise RuntimeError(f"the compilation failed:\n{done.stderr.decode()[-4000:]}")
+        raise RuntimeError(f"the compilation failed:\n{done.stderr.decode()[-19000:]}")
     return pickle.loads(done.stdout)
 
 
@@ -102,8 +103,8 @@ def _compile(calls: Sequence[Call], wanted: str | None) -> list[dict[str, Compil
     return done
 
 
-def _assemble(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers a thread, spilled bytes a thread), from ptxas."""
+def _assemble(ptx: str, capability: int) -> tuple[int, int, bool]:
+    """(registers a thread, spilled bytes a thread, are wgmma serialized?), from ptxas."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptxas = get_ptxas(capability)
@@ -117,4 +118,5 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     if done.returncode:
         raise RuntimeError(done.stderr)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
-    return int(re.search(r"Used (\d+) registers", done.stderr).group(1)), spilled
+    registers = int(re.search(r"Used (\d+) registers", done.stderr).group(1))
+    return registers, spilled, "are serialized" in done.stderr

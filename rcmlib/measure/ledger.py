@@ -5,7 +5,7 @@
     hbm(passes, 50 * 2**20)   # bytes, when an L2 cache of 50 MiB keeps what it can
 
 Left out: what has one number a row or fewer (scales, means, log-sum-exps, coefficients), and
-padding. Repeated reads of k and v within a kernel find them in L2 (chapters 2 and 12).
+padding. Repeated reads of k and v within a kernel find them in L2 (chapters 2 and 13).
 """
 
 from collections.abc import Callable

@@ -200,7 +200,7 @@ def choose_projection_tile(
     """The tile for a [rows, depth] × [depth, cols] product on a GPU of this architecture.
 
     gated: c_out is a tile, which wants registers. Every line compiles without spills
-    (tests/test_compilation.py); sm_90's were measured (chapter 8). float32 uses the ordinary
+    (tests/test_compilation.py); sm_90's were measured (chapter 9). float32 uses the ordinary
     FMA units, for IEEE products, and keeps its operands in registers. Where rows of memory do
     not start at multiples of 16 numbers, each number is a load with an address of its own, and
     the tile is small.

@@ -76,7 +76,7 @@ def short_sum(a: Tensor, b: Tensor, acc: Tensor, bits: int = 13, step: int = 32)
 
     One instruction takes `step` of the inner dimension. It shifts acc and every product to the
     largest exponent among them, keeps `bits` bits below that one's leading bit, cuts off the
-    rest, and adds. (A model: NVIDIA documents no details. Chapter 10 compares it with a GPU.)
+    rest, and adds. (A model: NVIDIA documents no details. Chapter 11 compares it with a GPU.)
     """
     for i in range(0, a.shape[-1], step):
         inner = range(i, min(i + step, a.shape[-1]))

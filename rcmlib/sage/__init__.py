@@ -31,11 +31,11 @@ def rcm_sage_attention(
       "fp8"       FP8 operands; a tile is summed by the tensor core, tiles in float32
                   (SageAttention2). The default from compute capability 8.9 on.
       "fp8_fp16"  FP8 operands, 64 keys at a time summed in float16 (SageAttention2++).
-      "fp8_short" FP8 operands, all keys summed by the tensor core (fewer bits: chapter 10).
+      "fp8_short" FP8 operands, all keys summed by the tensor core (fewer bits: chapter 11).
       "fp16"      float16 operands, float32 sums. The default on GPUs without FP8.
 
     Quantising q, k and v is a cost like N beside the attention's N². On an H100 the whole call
-    beats bf16 from about N = 4096 on, and loses below 2048 (chapter 11): there, `rcm_attention`
+    beats bf16 from about N = 4096 on, and loses below 2048 (chapter 12): there, `rcm_attention`
     is the better choice, or PyTorch's attention and `rcm_skip`.
     A NaN or an infinity in q, k or v makes the queries that see it NaN, and may take others of
     its head along.
