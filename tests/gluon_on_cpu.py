@@ -1,6 +1,7 @@
-"""Hopper's attention kernel on a CPU: its own Python source, with NumPy in Gluon's place.
+"""Hopper's attention kernels on a CPU: their own Python source, with NumPy in Gluon's place.
 
     out, saved_f, lse = run(team, q, k, v, x, c_skip, c_out, scale, is_causal, programs, seed)
+    dq, dk, dv = run_backward(g, q, k, v, lse, delta, c_out, scale, is_causal, seed)
 
 Each partition of `warp_specialize` is a thread, and one of them runs at a time. Who goes on at
 a barrier, and when a copy or a product is done, is drawn at random. So what a kernel may assume
@@ -16,11 +17,21 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from rcmlib.attention import hopper, registers, ring
+from rcmlib.attention import (
+    backward_ring,
+    dq_sum,
+    hopper,
+    hopper_backward,
+    registers,
+    ring,
+)
 from rcmlib.attention.forward import sources
 from rcmlib.attention.tiles import LOG2_E
 from rcmlib.core import epilogue
 
+# A name that two of them have is the later one's.
+FORWARD = (epilogue, ring, registers, hopper)
+BACKWARD = (*FORWARD, backward_ring, dq_sum, hopper_backward)
 BF16, FLOAT32, INT32, INT64 = "bf16", np.float32, np.int32, np.int64
 
 
@@ -113,7 +124,11 @@ class Tensor:
 
     shape = property(lambda self: self.data.shape)
 
-    def to(self, dtype):
+    def to(self, dtype, bitcast=False):
+        if (
+            bitcast
+        ):  # where `inline_asm_elementwise` takes them, it takes them as they are
+            return self
         if dtype == BF16:
             rounded = (
                 torch.from_numpy(np.array(self.value, np.float32)).bfloat16().float()
@@ -176,6 +191,9 @@ class Pointer:
     def __add__(self, offset):
         return Pointer(self.array, self.offset + raw(offset))
 
+    def to(self, dtype):  # an address
+        return self
+
 
 class Shared:
     """A buffer in shared memory; `readers` of a part count while a product reads it."""
@@ -183,7 +201,9 @@ class Shared:
     def __init__(self, data, dtype, parts=None, readers=None):
         self.data, self.dtype, self.shape = data, dtype, data.shape
         self.parts = parts
-        self.readers = [0] if readers is None else readers
+        self.readers = (
+            [0, False] if readers is None else readers
+        )  # and is a fence missing?
 
     def index(self, i):
         if self.parts is None:
@@ -195,6 +215,18 @@ class Shared:
 
     def permute(self, order):
         return Shared(self.data.transpose(order), self.dtype, readers=self.readers)
+
+    def slice(self, start, length, dim):
+        at = [slice(None)] * len(self.shape)
+        at[dim] = slice(start, start + length)
+        return Shared(self.data[tuple(at)], self.dtype, readers=self.readers)
+
+    def store(self, tensor):
+        """Products may read it after a fence."""
+        assert not self.readers[0], "a buffer is overwritten while a product reads it"
+        self.data[...] = tensor.value
+        self.readers[1] = True
+        stores_under_way().append(self)
 
     def load(self, layout):
         """Under way until a fence: the copy engine does not wait for it."""
@@ -212,9 +244,16 @@ def loads_under_way() -> list[Shared]:
     return own.loads
 
 
+def stores_under_way() -> list[Shared]:
+    own.stores = getattr(own, "stores", [])
+    return own.stores
+
+
 def fence():
     while loads_under_way():
         own.loads.pop().readers[0] -= 1
+    while stores_under_way():
+        own.stores.pop().readers[1] = False
 
 
 class Barrier:
@@ -234,7 +273,7 @@ class Barrier:
 class Machine:
     """The modules that the kernel's source names, for one program."""
 
-    def __init__(self, program, programs, seed):
+    def __init__(self, modules, program, programs, seed):
         turns = self.turns = Turns(seed)
         groups = {}  # thread: the products that it has under way, oldest first
 
@@ -288,6 +327,7 @@ class Machine:
             )  # sums into one tensor follow one another
             out = Tensor(np.zeros(acc.shape, np.float32), done=False)
             for t in shared:
+                assert not t.readers[1], "a product reads what no fence has handed over"
                 t.readers[0] += 1
 
             def finish():
@@ -313,16 +353,24 @@ class Machine:
             own = groups.setdefault(threading.current_thread(), [])
             turns.wait(lambda: True)
             while len(own) > left:
-                first = own.pop(0)
-                first.finish and first.finish()
-                first.done = True
+                if own[0].finish:
+                    own[0].finish()
+                own.pop(0).done = True
             return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
         def specialize(functions, warps, registers):
             turns.run([lambda f=f, a=a: f(*a) for f, a in functions])
 
-        def load(pointer):
-            return Tensor(pointer.array[pointer.offset])
+        def load(pointer, mask=None, other=None):
+            if mask is None:
+                return Tensor(pointer.array[pointer.offset])
+            at = np.where(raw(mask), pointer.offset, 0)
+            return Tensor(np.where(raw(mask), pointer.array[at], np.float32(other)))
+
+        def add_to_memory(text, constraints, arguments, *_, **__):
+            assert text.startswith("red.") and ".add." in text
+            pointer, values = arguments
+            np.add.at(pointer.array, pointer.offset, values.value)
 
         gl = self.gl = SimpleNamespace(
             float32=FLOAT32, int32=INT32, int64=INT64, bfloat16=BF16, float16=BF16,
@@ -337,6 +385,9 @@ class Machine:
             max=reduced(np.max), min=reduced(np.min), sum=reduced(np.sum),
             convert_layout=lambda t, layout: t, allocate_shared_memory=allocate,
             SliceLayout=nothing, DotOperandLayout=nothing, warp_specialize=specialize,
+            inline_asm_elementwise=add_to_memory, SwizzledSharedLayout=nothing,
+            BlockedLayout=nothing,
+            NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
         )  # fmt: skip
         gl.NVMMADistributedLayout = nothing
         barriers = SimpleNamespace(
@@ -348,7 +399,7 @@ class Machine:
                              fence_async_shared=fence)  # fmt: skip
         tma = SimpleNamespace(async_copy_global_to_shared=copy)
         fakes = {"gl": gl, "hw": hw, "mbarrier": barriers, "tma": tma, "tl": gl}
-        self.kernel = rebuilt(fakes)["hopper_attention_kernel"]
+        self.functions = rebuilt(modules, fakes)
 
 
 def raw_or_same(a):
@@ -359,10 +410,10 @@ def nothing(*_, **__):
     return None
 
 
-def rebuilt(fakes):
+def rebuilt(modules, fakes):
     """The functions of the kernel's modules, by name, in a world where Gluon is NumPy."""
     world = {}
-    for module in (epilogue, ring, registers, hopper):
+    for module in modules:
         for name, value in vars(module).items():
             inner = getattr(value, "fn", None)
             if isinstance(inner, types.FunctionType):
@@ -370,7 +421,7 @@ def rebuilt(fakes):
             elif hasattr(value, "value") and type(value).__name__ == "constexpr":
                 world[name] = value.value
             else:
-                world.setdefault(name, value)
+                world[name] = value
 
     def counted(*bounds):
         return (Tensor(np.int64(i)) for i in range(*map(int, bounds)))
@@ -430,10 +481,41 @@ def run(team, q, k, v, x, c_skip, c_out, scale, is_causal, programs=None, seed=0
     numbers = (Tensor(np.int64(i)) for i in (tasks, heads, q_len, kv_len))
     numbers = list(numbers)
     for program in range(programs):
-        Machine(program, programs, seed + program).kernel(
+        machine = Machine(FORWARD, program, programs, seed + program)
+        machine.functions["hopper_attention_kernel"](
             *described, Pointer(out), Pointer(f), Pointer(lse), c_skip, c_out,
             float(scale * LOG2_E), *numbers, how,
         )  # fmt: skip
     tokens = (batch, q_len, heads * dim)
     found = (out.reshape(tokens), f.reshape(tokens), lse.reshape(batch, heads, q_len))
     return tuple(map(torch.from_numpy, found))
+
+
+def run_backward(g, q, k, v, lse, delta, c_out, scale, is_causal, seed=0):
+    """dq, dk, dv [B, H, N, D] of tensors on the CPU; `scale_kernel`'s part is done here.
+    g [B, H, Nq, D]; lse, delta [B, H, Nq] float32; c_out [B]."""
+    batch, heads, q_len, dim = q.shape
+    kv_len = k.shape[2]
+    how, tiles = hopper_backward.variant(q, kv_len, is_causal, True)
+    rows = (how.block_n, 64, 64, how.block_n)
+    described = [
+        Descriptor(t, n, how.block_d) for t, n in zip((q, k, v, g), rows, strict=True)
+    ]
+    sums = np.zeros(batch * heads * tiles * dq_sum.SCRATCH.value, np.float32)
+    dk, dv = (np.full(k.numel(), np.nan, np.float32) for _ in range(2))
+    numbers = [Tensor(np.int64(i)) for i in (heads, q_len, kv_len)]
+    for program in range(batch * heads * -(-kv_len // 128)):
+        machine = Machine(BACKWARD, program, None, seed + program)
+        machine.functions["hopper_backward_kernel"](
+            *described, *map(Pointer, (sums, dk, dv)),
+            *(Pointer(t.numpy().reshape(-1)) for t in (lse, delta)),
+            Pointer(c_out.float().numpy()), float(scale), float(scale * LOG2_E), *numbers, how,
+        )  # fmt: skip
+    keys = (batch, kv_len, heads, dim)
+    dk, dv = (torch.from_numpy(t.reshape(keys)).transpose(1, 2) for t in (dk, dv))
+    row, col = np.indices((how.block_n, how.block_d))
+    place = dq_sum.in_order_of_registers.fn(row % 64, col % 64)
+    place += (row // 64 + col // 64) * dq_sum.SCRATCH.value // 2
+    dq = torch.from_numpy(sums.reshape(batch, heads, tiles, -1)[..., place])
+    dq = dq.flatten(2, 3)[:, :, :q_len, :dim] * c_out.view(-1, 1, 1, 1) * scale
+    return dq, dk, dv

@@ -164,9 +164,9 @@ def launch_all(batch, q_len, kv_len, dim, dtype, x_dtype, offset, pad):
             skip.skip_backward(
                 x, x if flag else None, f, c_skip, c_out, width, wanted, x_dtype
             )
-        attention_backward.attention_backward(
-            a, q, k, v, lse, lse.clone(), c_out, scale, flag
-        )
+        saved = (a, q, k, v, lse, lse.clone(), c_out, scale, flag)
+        attention_backward.attention_backward(*saved)
+        attention_backward.plain_backward(*saved)
         skip.skip_forward(x, a, c_skip, c_out)
         for b, save in ((bias, flag), (None, not flag)):
             projection.projection_forward(a, weight, b, y, c_skip, c_out, save)

@@ -88,7 +88,10 @@ def backward(
     lse = new(*q.shape[:3], dtype=FP32)
     c = new(BATCH, dtype=torch.float64)
     arguments = (g, q, k, v, lse, lse, c, dim**-0.5, causal)
-    call = Call("rcmlib.attention.backward.attention_backward", arguments, capability)
+    launcher = "backward.plain_backward"
+    if kernel == "hopper_backward":
+        launcher = "hopper_backward.hopper_backward"
+    call = Call(f"rcmlib.attention.{launcher}", arguments, capability)
     return Job(f"{kernel}_kernel", call)
 
 
@@ -231,6 +234,23 @@ def test_hoppers_own_kernel_neither_spills_nor_waits_for_each_product():
         assert not found.serialized, job
         for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
             assert instruction in found.ptx, job
+
+
+def test_hoppers_own_gradients_neither_spill_a_sum_nor_wait_for_each_product():
+    own = partial(backward, "hopper_backward", 90)
+    jobs = [
+        own(BF16, 64),
+        own(BF16, 128),
+        own(FP16, 96, ragged=True),
+        own(BF16, 64, ragged=True, causal=True),
+        own(BF16, 128, ragged=True, causal=True),
+    ]
+    for job, found in compiled(jobs):
+        assert not found.serialized and found.spill_bytes < 512, job
+        assert found.shared_bytes <= SHARED_KIB[90] * 1024, job
+        # Addresses and lengths may be read back in a loop; a sum has 64 registers.
+        assert len(spills_in_loop(found.ptx, 90)) < 24, job
+        assert "red.relaxed.gpu.global.add.v4.f32" in found.ptx
 
 
 def sage_jobs(capability):

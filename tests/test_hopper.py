@@ -1,21 +1,23 @@
-"""Hopper's own attention kernel against float64, by the teams that it is compiled for."""
+"""Hopper's own attention kernels against float64: forward by each team, and the gradients."""
 
 import inspect
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 import rcmlib
 from rcmlib import core, reference
-from rcmlib.attention.tiles import choose_team
-from rcmlib.core.launch import PLANS, Team
+from rcmlib.attention.tiles import choose_team, hopper_gradients
+from rcmlib.core.launch import Plan, Team
 from tests import gluon_on_cpu
 from tests.inputs import (
     assert_close,
     check_x_at_t_zero,
+    gradients,
     heads,
     on_hopper,
     torch_attention,
@@ -40,11 +42,15 @@ def hopper(team, *inputs, scale=None, is_causal=False, save=False):
 
 @contextmanager
 def watched_launches():
-    """The names of the kernels that are planned."""
-    PLANS.clear()
-    names = []
-    yield names
-    names += [plan.kernel.__name__ for plan in PLANS.values()]
+    """The names of the kernels that are launched."""
+    names, launch = [], Plan.launch
+
+    def watched(plan, *tensors):
+        names.append(plan.kernel.__name__)
+        launch(plan, *tensors)
+
+    with mock.patch.object(Plan, "launch", watched):
+        yield names
 
 
 CASES = [  # team, dtype, (B, H, Nq, Nkv, D), causal
@@ -242,6 +248,156 @@ class TestOnHopper:
         assert torch.equal(again, out)
 
 
+def saved_for_backward(inputs, scale, is_causal):
+    """lse in units of log2, as the kernels save it, and δ for g = x: float32, from float64."""
+    q, k, v, x, *_ = inputs
+    scores = q.double() @ k.double().mT * scale
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    f = reference.attention(q, k, v, scale=scale, is_causal=is_causal)
+    g = x.unflatten(-1, q.shape[1::2]).transpose(1, 2).double()
+    two = torch.log(torch.tensor(2.0, dtype=torch.float64))
+    return (scores.logsumexp(-1) / two).float(), (g * f).sum(-1).float()
+
+
+def hopper_gradients_of(inputs, is_causal):
+    """dq, dk, dv of g = x by Hopper's kernel; and by float64, and by PyTorch in 16 bits."""
+    from rcmlib.attention.hopper_backward import hopper_backward
+
+    q, k, v, x, _, c_out = inputs
+    scale = q.shape[-1] ** -0.5
+    saved = saved_for_backward(inputs, scale, is_causal)
+    ours = hopper_backward(x, q, k, v, *saved, c_out, scale, is_causal)
+    ref = reference.rcm_attention_backward(x, *inputs, is_causal=is_causal)
+    peer = gradients(lambda *a: torch_attention(*a, is_causal=is_causal), inputs, x)
+    return ours, ref[:3], peer[:3]
+
+
+GRADIENTS = [  # dtype, (B, H, Nq, Nkv, D), causal
+    (BF16, (1, 1, 64, 128, 128), False),
+    (BF16, (2, 3, 129, 257, 128), False),
+    (BF16, (1, 2, 640, 640, 128), True),
+    (BF16, (1, 2, 513, 127, 96), True),
+    (BF16, (1, 2, 65, 300, 128), True),  # keys that no query sees
+    (FP16, (1, 2, 200, 1111, 128), False),
+    (BF16, (2, 2, 300, 2048, 64), False),
+    (BF16, (1, 3, 500, 700, 64), True),
+    (FP16, (2, 2, 385, 1024, 64), False),
+    (BF16, (1, 2, 77, 1000, 16), False),
+    (BF16, (4, 12, 512, 512, 64), False),  # more programs than SMs
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+class TestGradientsOnHopper:
+    @pytest.mark.parametrize("case", GRADIENTS, ids=str)
+    def test_they_agree_with_float64(self, case):
+        dtype, shape, is_causal = case
+        for a, b, c in zip(
+            *hopper_gradients_of(heads(shape, dtype, "cuda"), is_causal), strict=True
+        ):
+            assert_close(a, b, c)
+
+    @pytest.mark.parametrize("dim", [64, 128])
+    def test_every_length_is_right(self, dim):
+        """Around each multiple of a tile of queries and of a block of keys."""
+        for n in (2, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257, 385):
+            inputs = heads((1, 2, n, 388 - n, dim), BF16, "cuda", seed=n)
+            for a, b, c in zip(*hopper_gradients_of(inputs, False), strict=True):
+                assert_close(a, b, c)
+
+    @pytest.mark.parametrize("dim", [64, 128])
+    def test_sums_of_whole_numbers_are_exact(self, dim):
+        """Weights 1, 2 and 4, and all else small: a product that took its operand too late or
+        too early would be wrong by whole numbers, and so would an addition that is lost."""
+        from rcmlib.attention.hopper_backward import hopper_backward
+
+        shape = (1, 4, 1024, dim)
+        for seed in range(20):
+            random = torch.Generator("cuda").manual_seed(seed)
+
+            def draw(high, *shape, random=random):
+                return torch.randint(
+                    -high, high + 1, shape, generator=random, device="cuda"
+                )
+
+            q, k = torch.zeros(2, *shape, device="cuda")
+            q[..., 0], k[..., 0] = 1, 1 + draw(1, *shape[:3])
+            q[..., 1:], k[..., -1] = draw(1, *shape[:3], dim - 1), 0
+            k[..., 1:] = 0
+            v, g = draw(1, 2, *shape).unbind(0)
+            v[..., 32:] = 0  # so that g·v − δ has no more than seven bits
+            lse, delta = torch.zeros(shape[:3], device="cuda"), draw(8, *shape[:3])
+            p = k[..., 0].double().exp2()[:, :, None]  # the same for all queries
+            ds = p * (g.double() @ v.double().mT - delta[..., None].double())
+            assert ds.abs().max() <= 256
+            expected = (
+                ds @ k.double(),
+                ds.mT @ q.double(),
+                p.expand_as(ds).mT @ g.double(),
+            )
+            tokens = g.transpose(1, 2).flatten(2).to(BF16)
+            q, k, v = (t.to(BF16) for t in (q, k, v))
+            scale = 1 / torch.log2(torch.tensor(torch.e, dtype=torch.float64)).item()
+            saved = (lse, delta.float())
+            found = hopper_backward(tokens, q, k, v, *saved, 1.0, scale, False)
+            for a, b, factor in zip(found, expected, (scale, scale, 1.0), strict=True):
+                factor = torch.tensor(factor, dtype=torch.float32, device="cuda")
+                assert torch.equal(a, (b.float() * factor).to(BF16))
+
+    def test_where_c_out_is_zero_they_are_zero(self):
+        """At t = 0, whatever the sums are."""
+        q, k, v, x, *_ = heads((2, 2, 200, 300, 64), BF16, "cuda")
+        x[0, 5] = float("inf")
+        c = torch.tensor([0.0, 0.5], device="cuda")
+        ours, *_ = hopper_gradients_of((q, k, v, x, c, c), False)
+        for gradient in ours:
+            assert (gradient[0] == 0).all() and (gradient[1] != 0).any()
+
+    def test_rcm_attention_s_are_computed_by_it(self):
+        """Unless the same call has to give the same bits."""
+        inputs = heads((4, 12, 1024, 1024, 64), BF16, "cuda")
+        g = torch.randn_like(inputs[3])
+        with watched_launches() as kernels:
+            found = gradients(rcmlib.rcm_attention, inputs, g)
+        assert "hopper_backward_kernel" in kernels and "dq_kernel" not in kernels
+        torch.use_deterministic_algorithms(True)
+        try:
+            with watched_launches() as kernels:
+                first = gradients(rcmlib.rcm_attention, inputs, g)
+            again = gradients(rcmlib.rcm_attention, inputs, g)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert "dq_kernel" in kernels and "hopper_backward_kernel" not in kernels
+        for a, b, c in zip(found[:4], first[:4], again[:4], strict=True):
+            assert torch.equal(b, c)
+            assert reference.relative_l2(a, b.double()) < 0.005
+
+    def test_a_graph_captures_them(self):
+        inputs = heads((4, 12, 1024, 1024, 64), BF16, "cuda")
+        leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+        g = torch.randn_like(inputs[3])
+
+        def step():
+            out = rcmlib.rcm_attention(*leaves, *inputs[3:])
+            return torch.autograd.grad(out, leaves, g)
+
+        expected = step()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        for _ in range(2):  # the second replay finds scratch that is used
+            graph.replay()
+            for a, b in zip(found, expected, strict=True):
+                assert reference.relative_l2(a, b.double()) < 1e-3
+
+
 ON_A_CPU = [  # team, dtype, (B, H, Nq, Nkv, D), causal, programs, rows that tower
     (TWO, BF16, (1, 2, 300, 300, 64), True, 1, []),
     (TURNS, BF16, (2, 1, 129, 257, 128), False, None, []),
@@ -271,6 +427,76 @@ def test_its_source_is_right_whoever_goes_first(case, seed):
     assert lse.isfinite().all()
 
 
+GRADIENTS_ON_A_CPU = [  # (B, H, Nq, Nkv, D), causal
+    ((1, 2, 200, 257, 128), False),
+    ((1, 1, 300, 300, 64), False),
+    ((1, 1, 400, 400, 64), True),
+    ((1, 1, 65, 300, 96), True),
+    ((2, 1, 700, 128, 128), False),
+]
+
+
+def gradients_on_a_cpu(shape, is_causal, seed):
+    """(ours, float64's) dq, dk, dv for g = x."""
+    inputs = q, k, v, x, _, c_out = heads(shape, BF16, "cpu", seed=seed)
+    batch, many, q_len, _, dim = shape
+    scale = dim**-0.5
+    g = x.unflatten(-1, (many, dim)).transpose(1, 2)
+    lse, delta = saved_for_backward(inputs, scale, is_causal)
+    ours = gluon_on_cpu.run_backward(
+        g, q, k, v, lse, delta, c_out, scale, is_causal, seed
+    )
+    ref = reference.rcm_attention_backward(x, *inputs, is_causal=is_causal)
+    return ours, ref[:3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", GRADIENTS_ON_A_CPU, ids=str)
+def test_the_gradients_source_is_right_whoever_goes_first(case, seed):
+    for ours, ref in zip(*gradients_on_a_cpu(*case, seed), strict=True):
+        assert reference.relative_l2(ours, ref) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "missing"),
+    [
+        ("hopper_backward", "gather", "hw.fence_async_shared()"),
+        ("hopper_backward", "gather", "mbarrier.wait(ring.g_full.index(at), phase)"),
+        (
+            "hopper_backward",
+            "gather",
+            "mbarrier.wait(ring.ds_free.index(i & 1), turned)",
+        ),
+        ("backward_ring", "produce", "mbarrier.wait(ring.g_free.index(at), phase ^ 1)"),
+        ("backward_ring", "copy_numbers", "mbarrier.arrive(ring.q_full.index(at))"),
+    ],
+)
+def test_a_line_that_the_gradients_miss_is_found_on_a_cpu(
+    module, function, missing, monkeypatch
+):
+    without(missing, module, function, monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            ours, ref = gradients_on_a_cpu((1, 1, 700, 128, 128), False, seed)
+            for a, b in zip(ours, ref, strict=True):
+                assert reference.relative_l2(a, b) < 0.005
+
+
+def without(missing, module, function, monkeypatch):
+    """Until the test ends, the function's source lacks this line."""
+    module = getattr(gluon_on_cpu, module)
+    original = getattr(module, function)
+    source = inspect.getsource(original.fn)
+    made = {}
+    changed = source.replace(missing, "pass", 1).split("\n", 1)[1]
+    assert changed not in source
+    exec(changed, vars(module), made)
+    made[function].__module__ = module.__name__
+    for one in gluon_on_cpu.BACKWARD:
+        if getattr(one, function, None) is original:
+            monkeypatch.setattr(one, function, SimpleNamespace(fn=made[function]))
+
+
 @pytest.mark.parametrize(
     ("module", "function", "missing"),
     [
@@ -283,16 +509,7 @@ def test_its_source_is_right_whoever_goes_first(case, seed):
 def test_a_line_that_is_missing_is_found_on_a_cpu(
     module, function, missing, monkeypatch
 ):
-    module = getattr(gluon_on_cpu, module)
-    source = inspect.getsource(getattr(module, function).fn)
-    made = {}
-    changed = source.replace(missing, "pass", 1).split("\n", 1)[1]
-    assert changed not in source
-    exec(changed, vars(module), made)
-    made[function].__module__ = module.__name__
-    for one in (gluon_on_cpu.ring, gluon_on_cpu.hopper):
-        if hasattr(one, function):
-            monkeypatch.setattr(one, function, SimpleNamespace(fn=made[function]))
+    without(missing, module, function, monkeypatch)
     inputs = heads((1, 1, 400, 600, 64), BF16, "cpu")
     ref = reference.rcm_attention(*inputs)
     with pytest.raises(AssertionError):
@@ -331,3 +548,12 @@ def test_heads_that_it_cannot_read_are_refused():
     q, k, v, *rest = heads((1, 1, 8, 8, 64), BF16, "cpu")
     with pytest.raises(ValueError, match="copy engine"):
         hopper(TWO, q, k[:, :, :1].expand_as(k), v, *rest)
+
+
+def test_who_computes_gradients():
+    for count, length, dim, dtype, capability, own in (
+        (48, 2048, 64, BF16, (9, 0), True), (12, 1408, 128, FP16, (9, 0), True),
+        (12, 1280, 128, BF16, (9, 0), False), (48, 2048, 256, BF16, (9, 0), False),
+        (48, 2048, 64, torch.float32, (9, 0), False), (48, 2048, 64, BF16, (10, 0), False),
+    ):  # fmt: skip
+        assert hopper_gradients((count, length, dim), dtype, capability, 132) == own

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "rcmlib").rglob("*.py"))
-MAX_PACKAGE_LINES, MAX_FILE_LINES = 6000, 300
+MAX_PACKAGE_LINES, MAX_FILE_LINES = 6400, 300
 
 # Who may import whom: each part from its own floor and those below. A part that is not named
 # here is an operation.

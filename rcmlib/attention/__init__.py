@@ -1,4 +1,4 @@
-"""`rcm_attention` and plain `attention`: one kernel forward, three launches backward."""
+"""`rcm_attention` and plain `attention`: one kernel forward, three or four backward."""
 
 import math
 
@@ -29,10 +29,13 @@ def rcm_attention(
     is_causal: query i sees keys 0 … i, as in SDPA.
 
     Where c_skip = 1 and c_out = 0 the result is x, bit for bit.
-    Differentiable in q, k, v, x, c_skip and c_out, deterministically, with O(N) memory: a call
-    that wants gradients also saves F = attention(q, k, v) in q's dtype, and one float32 a
-    query. So gradients are exact to rounding at any noise level, t = 0 included. The weights
-    are recomputed from that float32: with scores s they gain a relative error of 6e-8·|s|.
+    Differentiable in q, k, v, x, c_skip and c_out, with O(N) memory: a call that wants
+    gradients also saves F = attention(q, k, v) in q's dtype, and one float32 a query. So
+    gradients are exact to rounding at any noise level, t = 0 included. The weights are
+    recomputed from that float32: with scores s they gain a relative error of 6e-8·|s|. Two runs
+    give the same bits; but for dq on Hopper (16 bits, D ≤ 128, enough keys to keep the GPU
+    busy), which is summed in a float32 buffer of its size in no fixed order, unless
+    torch.use_deterministic_algorithms asks for one.
     Time, bfloat16 on Hopper with D ≤ 128 and more than 512 keys: weights are relative to the
     largest score among the last 32 to 191 keys (causal: along the diagonal). Where others are
     80 or more above it, or one is NaN or +inf, that block of queries is computed twice. So

@@ -12,19 +12,21 @@ equations; c_out is applied to the float32 sums, so a small one costs no precisi
 Two kernels, so that every sum has one owner and one order: a program of `dkdv_kernel` owns
 block_n keys and walks over the queries, one of `dq_kernel` owns block_m queries and walks
 over the keys. Scores are computed twice; in exchange there are no atomics, and two runs
-agree bit for bit.
+agree bit for bit. On Hopper `hopper_backward.py` computes the scores once.
 """
 
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcmlib.attention.tiles import LOG2_E, choose_backward_tiles
-from rcmlib.core import copy_engine, device_capability, dot_precision, launch
+from rcmlib import core
+from rcmlib.attention.tiles import LOG2_E, choose_backward_tiles, hopper_gradients
+from rcmlib.core import launch
 from rcmlib.core.epilogue import load_coefficient
 from rcmlib.core.rows import Place, Rows, key_range, load_rows, mask_scores, own_rows
 
@@ -161,15 +163,15 @@ def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launc
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
-    capability = device_capability(q.device)
+    capability = core.device_capability(q.device)
     sources = (q, k, v, g)
-    tma = copy_engine(q.dtype, capability) and launch.descriptors_allowed(*sources)
+    tma = core.copy_engine(q.dtype, capability) and launch.descriptors_allowed(*sources)
 
     def plan(kernel, tile, programs, ragged=False):
         m, n = tile.block_m, tile.block_n
         how = launch.Variant(
             **vars(tile), head_dim=head_dim, block_d=block_d, tma=tma, causal=is_causal,
-            ragged=ragged, per_sample=per_sample, precision=dot_precision(q.dtype),
+            ragged=ragged, per_sample=per_sample, precision=core.dot_precision(q.dtype),
         )  # fmt: skip
         return launch.Plan(
             kernel, batch * heads * programs,
@@ -185,12 +187,17 @@ def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launc
     return dkdv, plan(dq_kernel, for_queries, query_tiles, ragged)
 
 
+def as_heads(g: Tensor, q: Tensor) -> Tensor:
+    """g [B, Nq, H·D] as [B, H, Nq, D]."""
+    return g.unflatten(-1, (q.shape[1], q.shape[3])).transpose(1, 2)
+
+
 def backward_launches(
     g, q, k, v, lse, delta, c_out, scale, is_causal
 ) -> tuple[tuple[Tensor, ...], tuple[Callable[[], None], ...]]:
     """The results dq, dk, dv [B, N, H, D], and the two launches that fill them."""
     batch, heads, _, head_dim = q.shape
-    sources = (q, k, v, g.unflatten(-1, (heads, head_dim)).transpose(1, 2))
+    sources = (q, k, v, as_heads(g, q))
     dq, dk, dv = (launch.result(t, (batch, t.shape[2], heads, head_dim)) for t in (q, k, v))
     key = launch.key_of("attention_backward", (*sources, lse, delta, c_out), is_causal)
     per_sample = isinstance(c_out, Tensor)
@@ -203,10 +210,23 @@ def backward_launches(
     return (dq, dk, dv), (dkdv, functools.partial(run, plans[1], dq))
 
 
-def attention_backward(g, q, k, v, lse, delta, c_out, scale, is_causal) -> tuple[Tensor, ...]:
-    """(dq, dk, dv) [B, H, N, D] in token layout, from g [B, Nq, H·D] of q's dtype and
-    c_out, a float or [B]."""
-    results, launches = backward_launches(g, q, k, v, lse, delta, c_out, scale, is_causal)
+def plain_backward(*arguments) -> tuple[Tensor, ...]:
+    """`attention_backward` by these two kernels."""
+    results, launches = backward_launches(*arguments)
     for run in launches:
         run()
     return tuple(t.transpose(1, 2) for t in results)
+
+
+def attention_backward(g, q, k, v, lse, delta, c_out, scale, is_causal) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) [B, H, N, D] in token layout, from g [B, Nq, H·D] of q's dtype and
+    c_out, a float or [B]. On Hopper by its own kernel, unless dq's last bit has to be the same
+    in every run (torch.use_deterministic_algorithms)."""
+    run = plain_backward
+    if not (core.interpreting() or torch.are_deterministic_algorithms_enabled()):
+        shape = q.shape[0] * q.shape[1], k.shape[2], q.shape[3]
+        gpu = core.device_capability(q.device), core.multiprocessors(q.device)
+        wanted = hopper_gradients(shape, q.dtype, *gpu)
+        if wanted and launch.descriptors_allowed(q, k, v, as_heads(g, q)):
+            run = core.load("rcmlib.attention.hopper_backward").hopper_backward
+    return run(g, q, k, v, lse, delta, c_out, scale, is_causal)

@@ -98,6 +98,20 @@ def choose_team(
     return Team(128, groups, 2, registers, turns=True, fixed=fixed)
 
 
+def hopper_gradients(
+    shape: tuple[int, int, int], dtype: torch.dtype, capability: tuple[int, int],
+    sms: int | None,
+) -> bool:  # fmt: skip
+    """Does Hopper's own kernel compute the gradients? Where each of so many SMs gets 128 keys.
+
+    shape: heads of all samples, keys, D.
+    """
+    heads, kv_len, head_dim = shape
+    blocks = heads * triton.cdiv(kv_len, 128)
+    fits = capability[0] == 9 and dtype != torch.float32 and head_dim <= 128
+    return fits and blocks >= (sms or 0)
+
+
 def few_rows(blocks: int, device: torch.device) -> bool:
     """Are so many blocks of 128 rows too few to keep the SMs of this GPU busy?
 
