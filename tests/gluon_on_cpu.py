@@ -398,28 +398,7 @@ class Machine:
         hw = SimpleNamespace(warpgroup_mma=product, warpgroup_mma_wait=product_wait,
                              fence_async_shared=fence)  # fmt: skip
         tma = SimpleNamespace(async_copy_global_to_shared=copy)
-        asked = {}  # thread: copies whose arrival nobody has asked for yet
-
-        def copy_by_threads(to, pointer, mask):
-            asked.setdefault(threading.current_thread(), []).append((to, pointer, mask))
-
-        def arrive_when_there(bar):
-            bar.pending += 1
-            copies = asked.pop(threading.current_thread())
-
-            def land():
-                for to, pointer, mask in copies:
-                    to.data[...] = load(pointer, mask, 0.0).value
-                bar.arrive()
-
-            turns.later.append(land)
-
-        async_copy = SimpleNamespace(
-            async_copy_global_to_shared=copy_by_threads,
-            mbarrier_arrive=arrive_when_there,
-        )
         fakes = {"gl": gl, "hw": hw, "mbarrier": barriers, "tma": tma, "tl": gl}
-        fakes["async_copy"] = async_copy
         self.functions = rebuilt(modules, fakes)
 
 

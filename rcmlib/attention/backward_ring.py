@@ -9,7 +9,6 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from rcmlib.attention.ring import ROWS, SMEM, barriers, copy_rows, place
@@ -74,16 +73,17 @@ def produce(q, k, v, g, ring, task, HOW: gl.constexpr):
 @gluon.jit
 def copy_numbers(lse, delta, ring, task, HOW: gl.constexpr):
     """One warp: lse and δ of each tile of queries, which the copy engine cannot address at any
-    length. Zeros beyond the last query: there q and g are zeros, too, and add nothing."""
+    length. Beyond the last query lse = ∞ makes P = 0, so that nothing is added."""
     M: gl.constexpr = HOW.block_n
     rows = task.start * M + gl.arange(0, M, gl.BlockedLayout([1], [32], [1], [0]))
     for i in range(task.tiles + 1):
         at, phase = place(i, 2 * HOW.stages)
         mbarrier.wait(ring.q_free.index(at), phase ^ 1)
         inside = rows < task.q_len
-        async_copy.async_copy_global_to_shared(ring.lse.index(at), lse + rows, inside)
-        async_copy.async_copy_global_to_shared(ring.delta.index(at), delta + rows, inside)
-        async_copy.mbarrier_arrive(ring.q_full.index(at))  # once they are there
+        found = gl.load(lse + rows, mask=inside, other=float("inf"))
+        ring.lse.index(at).store(found)
+        found = gl.load(delta + rows, mask=inside, other=0.0)
+        ring.delta.index(at).store(found)
         mbarrier.arrive(ring.q_full.index(at))
         rows += M
 
