@@ -4,8 +4,8 @@
 
 A program owns 128 keys, two groups of four warps 64 each. One warp copies tiles of q and g
 into rings, one lse and δ. P and dS of a group's keys are in registers what its sums dv and dk
-take as their left operand. For dq, dS goes through shared memory, and each group multiplies
-half of it with k, one tile later: so no group waits for the other's half.
+take as their left operand. For dq, dS goes through shared memory, and each group computes
+half of dS k, one tile later: so neither waits for the other's dS.
 
 dq of a tile of queries is a sum over all programs. They add to float32 scratch in global
 memory (dq_sum.py), in the order in which they come: two runs may differ in dq's last bit. So
