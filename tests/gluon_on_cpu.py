@@ -45,7 +45,9 @@ class Turns:
     def __init__(self, seed):
         self.random = random.Random(seed)
         self.waiting = {}  # thread: (its event, the condition it waits for)
-        self.later = []  # [(done?, action)]
+        # How soon copies and products are done: in some runs very late.
+        self.soon = self.random.choice([0.05, 0.5])
+        self.later = []
         self.error = None
 
     def run(self, functions):
@@ -88,7 +90,7 @@ class Turns:
                 for t, (_, condition) in self.waiting.items()
                 if self.error or condition()
             ]
-            if self.later and (not ready or self.random.random() < 0.5):
+            if self.later and (not ready or self.random.random() < self.soon):
                 self._do(self.later.pop(self.random.randrange(len(self.later))))
                 continue
             if ready:
@@ -196,14 +198,13 @@ class Pointer:
 
 
 class Shared:
-    """A buffer in shared memory; `readers` of a part count while a product reads it."""
+    """A buffer in shared memory. use: products and loads that are reading this part, and is
+    what was stored there yet to be handed over by a fence?"""
 
-    def __init__(self, data, dtype, parts=None, readers=None):
+    def __init__(self, data, dtype, parts=None, use=None):
         self.data, self.dtype, self.shape = data, dtype, data.shape
         self.parts = parts
-        self.readers = (
-            [0, False] if readers is None else readers
-        )  # and is a fence missing?
+        self.use = use or SimpleNamespace(products=0, loads=0, unfenced=False)
 
     def index(self, i):
         if self.parts is None:
@@ -211,26 +212,26 @@ class Shared:
         return self.parts[int(raw(i))]
 
     def reshape(self, shape):
-        return Shared(self.data.reshape(shape), self.dtype, readers=self.readers)
+        return Shared(self.data.reshape(shape), self.dtype, use=self.use)
 
     def permute(self, order):
-        return Shared(self.data.transpose(order), self.dtype, readers=self.readers)
+        return Shared(self.data.transpose(order), self.dtype, use=self.use)
 
     def slice(self, start, length, dim):
         at = [slice(None)] * len(self.shape)
         at[dim] = slice(start, start + length)
-        return Shared(self.data[tuple(at)], self.dtype, readers=self.readers)
+        return Shared(self.data[tuple(at)], self.dtype, use=self.use)
 
     def store(self, tensor):
         """Products may read it after a fence."""
-        assert not self.readers[0], "a buffer is overwritten while a product reads it"
+        assert not self.use.products, "a buffer is overwritten while a product reads it"
         self.data[...] = tensor.value
-        self.readers[1] = True
+        self.use.unfenced = True
         stores_under_way().append(self)
 
     def load(self, layout):
         """Under way until a fence: the copy engine does not wait for it."""
-        self.readers[0] += 1
+        self.use.loads += 1
         loads_under_way().append(self)
         return Tensor(self.data.copy(), self.dtype)
 
@@ -251,9 +252,9 @@ def stores_under_way() -> list[Shared]:
 
 def fence():
     while loads_under_way():
-        own.loads.pop().readers[0] -= 1
+        own.loads.pop().use.loads -= 1
     while stores_under_way():
-        own.stores.pop().readers[1] = False
+        own.stores.pop().use.unfenced = False
 
 
 class Barrier:
@@ -309,8 +310,8 @@ class Machine:
 
         def copy(source, at, bar, to):
             def land():
-                assert not to.readers[0], (
-                    "a buffer is overwritten while a product reads it"
+                assert not (to.use.products or to.use.loads), (
+                    "a buffer is overwritten while somebody reads it"
                 )
                 to.data[...] = source.box(list(map(int, at)))
                 bar.bytes -= source.block_type.nbytes
@@ -327,8 +328,10 @@ class Machine:
             )  # sums into one tensor follow one another
             out = Tensor(np.zeros(acc.shape, np.float32), done=False)
             for t in shared:
-                assert not t.readers[1], "a product reads what no fence has handed over"
-                t.readers[0] += 1
+                assert not t.use.unfenced, (
+                    "a product reads what no fence has handed over"
+                )
+                t.use.products += 1
 
             def finish():
                 if out.finish is None:
@@ -342,7 +345,7 @@ class Machine:
                     one = a.data if left is None else left
                     out.data[...] = start + one.astype(np.float32) @ b.data
                 for t in shared:
-                    t.readers[0] -= 1
+                    t.use.products -= 1
 
             out.finish = finish
             own.append(out)
@@ -395,8 +398,11 @@ class Machine:
             arrive=lambda bar: (turns.wait(lambda: True), bar.arrive()),
             wait=lambda bar, phase: turns.wait(lambda: bar.phase & 1 != int(raw(phase))),
         )  # fmt: skip
-        hw = SimpleNamespace(warpgroup_mma=product, warpgroup_mma_wait=product_wait,
-                             fence_async_shared=fence)  # fmt: skip
+        hw = SimpleNamespace(
+            warpgroup_mma=product,
+            warpgroup_mma_wait=product_wait,
+            fence_async_shared=lambda: (turns.wait(lambda: True), fence()),
+        )
         tma = SimpleNamespace(async_copy_global_to_shared=copy)
         fakes = {"gl": gl, "hw": hw, "mbarrier": barriers, "tma": tma, "tl": gl}
         self.functions = rebuilt(modules, fakes)
@@ -497,12 +503,14 @@ def run_backward(g, q, k, v, lse, delta, c_out, scale, is_causal, seed=0):
     batch, heads, q_len, dim = q.shape
     kv_len = k.shape[2]
     how, tiles = hopper_backward.variant(q, kv_len, is_causal, True)
+    k, v = hopper_backward.seen(k, v, q_len, is_causal)
     rows = (how.block_n, 64, 64, how.block_n)
     described = [
         Descriptor(t, n, how.block_d) for t, n in zip((q, k, v, g), rows, strict=True)
     ]
     sums = np.zeros(batch * heads * tiles * dq_sum.SCRATCH.value, np.float32)
-    dk, dv = (np.full(k.numel(), np.nan, np.float32) for _ in range(2))
+    keys = (batch, kv_len, heads, dim)
+    dk, dv = (np.full(keys, np.nan, np.float32).reshape(-1) for _ in range(2))
     numbers = [Tensor(np.int64(i)) for i in (heads, q_len, kv_len)]
     for program in range(batch * heads * -(-kv_len // 128)):
         machine = Machine(BACKWARD, program, None, seed + program)
@@ -511,7 +519,6 @@ def run_backward(g, q, k, v, lse, delta, c_out, scale, is_causal, seed=0):
             *(Pointer(t.numpy().reshape(-1)) for t in (lse, delta)),
             Pointer(c_out.float().numpy()), float(scale), float(scale * LOG2_E), *numbers, how,
         )  # fmt: skip
-    keys = (batch, kv_len, heads, dim)
     dk, dv = (torch.from_numpy(t.reshape(keys)).transpose(1, 2) for t in (dk, dv))
     row, col = np.indices((how.block_n, how.block_d))
     place = dq_sum.in_order_of_registers.fn(row % 64, col % 64)

@@ -261,6 +261,17 @@ def saved_for_backward(inputs, scale, is_causal):
     return (scores.logsumexp(-1) / two).float(), (g * f).sum(-1).float()
 
 
+def hopper_backward_of(inputs):
+    """dq, dk, dv of g = x, causal; lse and δ of the keys that a query sees."""
+    from rcmlib.attention.hopper_backward import hopper_backward
+
+    q, k, v, x, c_skip, c_out = inputs
+    scale, seen = q.shape[-1] ** -0.5, q.shape[2]
+    kept = (q, k[:, :, :seen], v[:, :, :seen], x, c_skip, c_out)
+    saved = saved_for_backward(kept, scale, True)
+    return hopper_backward(x, q, k, v, *saved, c_out, scale, True)
+
+
 def hopper_gradients_of(inputs, is_causal):
     """dq, dk, dv of g = x by Hopper's kernel; and by float64, and by PyTorch in 16 bits."""
     from rcmlib.attention.hopper_backward import hopper_backward
@@ -305,8 +316,19 @@ class TestGradientsOnHopper:
         """Around each multiple of a tile of queries and of a block of keys."""
         for n in (2, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257, 385):
             inputs = heads((1, 2, n, 388 - n, dim), BF16, "cuda", seed=n)
-            for a, b, c in zip(*hopper_gradients_of(inputs, False), strict=True):
-                assert_close(a, b, c)
+            for is_causal in (False, True):
+                found = hopper_gradients_of(inputs, is_causal)
+                for a, b, c in zip(*found, strict=True):
+                    assert_close(a, b, c)
+
+    def test_keys_that_no_query_sees_may_hold_anything(self):
+        """As the unused end of a cache, behind a causal mask."""
+        for dim in (64, 128):
+            q, k, v, *rest = heads((1, 2, 64, 128, dim), BF16, "cuda")
+            clean = hopper_backward_of((q, k, v, *rest))
+            k[:, :, 100], v[:, :, 101] = float("nan"), float("inf")
+            for a, b in zip(hopper_backward_of((q, k, v, *rest)), clean, strict=True):
+                assert torch.equal(a, b)
 
     @pytest.mark.parametrize("dim", [64, 128])
     def test_sums_of_whole_numbers_are_exact(self, dim):
@@ -390,8 +412,9 @@ class TestGradientsOnHopper:
             step()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), watched_launches() as kernels:
             found = step()
+        assert "hopper_backward_kernel" in kernels
         for _ in range(2):  # the second replay finds scratch that is used
             graph.replay()
             for a, b in zip(found, expected, strict=True):
@@ -457,9 +480,28 @@ def test_the_gradients_source_is_right_whoever_goes_first(case, seed):
         assert reference.relative_l2(ours, ref) < 0.005
 
 
+def test_keys_that_no_query_sees_may_hold_anything():
+    q, k, v, x, _, c = heads((1, 1, 64, 128, 64), BF16, "cpu")
+    kept = (q, k[:, :, :64], v[:, :, :64], x, c, c)
+    saved = saved_for_backward(kept, 0.125, True)
+    k[:, :, 100], v[:, :, 101] = float("nan"), float("inf")
+    g = x.unflatten(-1, (1, 64)).transpose(1, 2)
+    dq, dk, dv = gluon_on_cpu.run_backward(g, q, k, v, *saved, c, 0.125, True)
+    ref = reference.rcm_attention_backward(x, *kept, is_causal=True)
+    ours = (dq, dk[:, :, :64], dv[:, :, :64])
+    for a, b in zip(ours, ref[:3], strict=True):
+        assert reference.relative_l2(a, b) < 0.005
+    assert (dk[:, :, 64:] == 0).all() and (dv[:, :, 64:] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("module", "function", "missing"),
     [
+        (
+            "hopper_backward",
+            "gather",
+            "mbarrier.wait(ring.q_full.index(after), phase_after)",
+        ),
         ("hopper_backward", "gather", "hw.fence_async_shared()"),
         ("hopper_backward", "gather", "mbarrier.wait(ring.g_full.index(at), phase)"),
         (
@@ -551,9 +593,12 @@ def test_heads_that_it_cannot_read_are_refused():
 
 
 def test_who_computes_gradients():
-    for count, length, dim, dtype, capability, own in (
-        (48, 2048, 64, BF16, (9, 0), True), (12, 1408, 128, FP16, (9, 0), True),
-        (12, 1280, 128, BF16, (9, 0), False), (48, 2048, 256, BF16, (9, 0), False),
-        (48, 2048, 64, torch.float32, (9, 0), False), (48, 2048, 64, BF16, (10, 0), False),
+    long, hopper = (48, 2048, 2048), (9, 0)
+    for shape, dtype, capability, own in (
+        ((*long, 64), BF16, hopper, True), ((12, 1408, 1408, 128), FP16, hopper, True),
+        ((12, 1280, 1280, 128), BF16, hopper, False),  # too few for every SM
+        ((4096, 16, 4096, 64), BF16, hopper, False),  # dq would be padded eightfold
+        ((196608, 16, 16, 64), BF16, hopper, False), ((*long, 256), BF16, hopper, False),
+        ((*long, 64), torch.float32, hopper, False), ((*long, 64), BF16, (10, 0), False),
     ):  # fmt: skip
-        assert hopper_gradients((count, length, dim), dtype, capability, 132) == own
+        assert hopper_gradients(shape, dtype, capability, 132) == own

@@ -158,6 +158,14 @@ def one_multiprocessor():
     return mock.patch.object(core, "multiprocessors", lambda device: 1)
 
 
+def with_hopper_gradients():
+    """As on a GPU for which nothing is too little."""
+    chosen = backward.hopper_gradients
+    return mock.patch.object(
+        backward, "hopper_gradients", lambda *a: chosen(*a[:-1], None)
+    )
+
+
 @contextlib.contextmanager
 def without_teams():
     """The plain kernel, as large shapes launch it elsewhere than on Hopper."""
@@ -183,6 +191,7 @@ def make_calls(first: int, step: int) -> int:
     groups = [
         (contextlib.nullcontext, attention_calls),
         (one_multiprocessor, attention_calls),
+        (with_hopper_gradients, attention_calls),
         (without_teams, attention_calls),
         (contextlib.nullcontext, projection_calls),
         (many_rows, projection_calls),

@@ -33,8 +33,8 @@ def rcm_attention(
     gradients also saves F = attention(q, k, v) in q's dtype, and one float32 a query. So
     gradients are exact to rounding at any noise level, t = 0 included. The weights are
     recomputed from that float32: with scores s they gain a relative error of 6e-8·|s|. Two runs
-    give the same bits; but for dq on Hopper (16 bits, D ≤ 128, enough keys to keep the GPU
-    busy), which is summed in a float32 buffer of its size in no fixed order, unless
+    give the same bits; but for dq on Hopper (16 bits, D ≤ 128, 1024 queries and keys or more),
+    which is summed in a float32 buffer in no fixed order, unless
     torch.use_deterministic_algorithms asks for one.
     Time, bfloat16 on Hopper with D ≤ 128 and more than 512 keys: weights are relative to the
     largest score among the last 32 to 191 keys (causal: along the diagonal). Where others are

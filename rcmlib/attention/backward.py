@@ -224,7 +224,7 @@ def attention_backward(g, q, k, v, lse, delta, c_out, scale, is_causal) -> tuple
     in every run (torch.use_deterministic_algorithms)."""
     run = plain_backward
     if not (core.interpreting() or torch.are_deterministic_algorithms_enabled()):
-        shape = q.shape[0] * q.shape[1], k.shape[2], q.shape[3]
+        shape = q.shape[0] * q.shape[1], q.shape[2], k.shape[2], q.shape[3]
         gpu = core.device_capability(q.device), core.multiprocessors(q.device)
         wanted = hopper_gradients(shape, q.dtype, *gpu)
         if wanted and launch.descriptors_allowed(q, k, v, as_heads(g, q)):

@@ -5,15 +5,15 @@
 A program owns 128 keys, two groups of four warps 64 each. One warp copies tiles of q and g
 into rings, one lse and δ. P and dS of a group's keys are in registers what its sums dv and dk
 take as their left operand. For dq, dS goes through shared memory, and each group computes
-half of dS k, one tile later: so neither waits for the other's dS.
+half of dS k, one tile later: so neither waits for the other's dS of the same tile.
 
 dq of a tile of queries is a sum over all programs. They add to float32 scratch in global
 memory (dq_sum.py), in the order in which they come: two runs may differ in dq's last bit. So
 with torch.use_deterministic_algorithms, `backward.py` does the work.
 
 q [B, H, Nq, D]; k, v [B, H, Nkv, D]; g [B, H, Nq, D] as a view of [B, Nq, H·D]; 16 bits,
-D ≤ 128. dk, dv [B, Nkv, H, D]. HBM, beside those: dq's scratch, 4 bytes an element, is zeroed,
-added to in L2, and read. Shah et al. 2024 (FlashAttention-3): warps with jobs; Dao 2023.
+D ≤ 128. dk, dv [B, Nkv, H, D]. HBM, beside those: dq's scratch, 4 bytes an element and padded,
+is zeroed, added to in L2, and read. Shah et al. 2024 (FlashAttention-3): warps with jobs.
 """
 
 import torch
@@ -117,7 +117,7 @@ def gather(G: gl.constexpr, ring, dq_sum, task, qk_scale, HOW: gl.constexpr):
         mbarrier.arrive(ring.g_free.index(at))
         mbarrier.arrive(ring.ds_free.index((i - 1) & 1))
         if i > 0:
-            add_to_dq(dq_sum + (2 * (i - 1) + G) * (SCRATCH // 2), dq)
+            add_to_dq(dq_sum + (2 * (i - 1) + G).to(gl.int64) * (SCRATCH // 2), dq)
         mbarrier.wait(ring.q_full.index(after), phase_after)
         st = begin_scores(G, ring, after, HOW)
         dk, st = hw.warpgroup_mma_wait(0, [dk, st])
@@ -126,7 +126,7 @@ def gather(G: gl.constexpr, ring, dq_sum, task, qk_scale, HOW: gl.constexpr):
     if last >= 0:
         mbarrier.wait(ring.ds_full.index(last & 1), (last // 2) & 1)
         dq = hw.warpgroup_mma_wait(0, [begin_dq(G, ring, last, HOW)])
-        add_to_dq(dq_sum + (2 * last + G) * (SCRATCH // 2), dq)
+        add_to_dq(dq_sum + (2 * last + G).to(gl.int64) * (SCRATCH // 2), dq)
     return dk, dv
 
 
@@ -139,9 +139,10 @@ def store_keys(G: gl.constexpr, dst, tile, factor, task, HOW: gl.constexpr):
     d = gl.arange(0, HOW.block_d, gl.SliceLayout(0, layout))[None, :]
     first = task.row + ROWS * G
     own = dst + ((task.sample.to(gl.int64) * task.kv_len + first) * task.heads + task.head) * D
+    own = own + rows.to(gl.int64) * (task.heads * D) + d
     tile = gl.where(factor == 0.0, 0.0, tile * factor)
     inside = (rows < task.kv_len - first) & (d < D)
-    gl.store(own + rows * (task.heads * D) + d, tile.to(dst.dtype.element_ty), mask=inside)
+    gl.store(own, tile.to(dst.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -195,6 +196,11 @@ def variant(
     return how, triton.cdiv(q.shape[2], m)
 
 
+def seen(k, v, q_len: int, is_causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys that a query may see. What the copy engine finds beyond them is zeros."""
+    return (k[:, :, :q_len], v[:, :, :q_len]) if is_causal else (k, v)
+
+
 def hopper_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple:
     """(the two launches for tensors like these, the elements of scratch). g: [B, H, Nq, D].
     ValueError as `hopper.hopper_plan`."""
@@ -203,6 +209,7 @@ def hopper_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple:
     many, q_len, kv_len = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     how, tiles = variant(q, kv_len, is_causal, per_sample)
     m = how.block_n
+    k, v = seen(k, v, q_len, is_causal)
     boxes = launch.boxes_of_rows((q, k, v, g), (m, 64, 64, m), how.block_d)
     boxes = tuple(
         (*box, gl.NVMMASharedLayout.get_default_for(box[2], GLUON[q.dtype])) for box in boxes

@@ -1,6 +1,6 @@
 """Which tile of attention a GPU gets: forward, backward and 8-bit, by head size and dtype.
 
-D ≤ 128 on sm_90 was measured (chapters 6, 8 and 12); the other lines compile without a register
+D ≤ 128 on sm_90 was measured (chapters 6, 8 and 12); the other tiles compile without a register
 spilled in a loop (tests/test_compilation.py).
 """
 
@@ -98,18 +98,24 @@ def choose_team(
     return Team(128, groups, 2, registers, turns=True, fixed=fixed)
 
 
+LONG = 1024  # queries and keys; gradients of fewer were not timed
+
+
 def hopper_gradients(
-    shape: tuple[int, int, int], dtype: torch.dtype, capability: tuple[int, int],
+    shape: tuple[int, int, int, int], dtype: torch.dtype, capability: tuple[int, int],
     sms: int | None,
 ) -> bool:  # fmt: skip
-    """Does Hopper's own kernel compute the gradients? Where each of so many SMs gets 128 keys.
+    """Does Hopper's own kernel compute the gradients?
 
-    shape: heads of all samples, keys, D.
+    Where each of so many SMs gets 128 keys, and lengths are such that a head's dq, padded to
+    128 queries and 64 or 128 channels, is not much larger than it would be.
+    shape, sms: as for `choose_team`; with None it computes whatever it can.
     """
-    heads, kv_len, head_dim = shape
-    blocks = heads * triton.cdiv(kv_len, 128)
-    fits = capability[0] == 9 and dtype != torch.float32 and head_dim <= 128
-    return fits and blocks >= (sms or 0)
+    heads, q_len, kv_len, head_dim = shape
+    if capability[0] != 9 or dtype == torch.float32 or head_dim > 128:
+        return False
+    enough = heads * triton.cdiv(kv_len, 128) >= (sms or 0)
+    return sms is None or (enough and min(q_len, kv_len) >= LONG)
 
 
 def few_rows(blocks: int, device: torch.device) -> bool:
