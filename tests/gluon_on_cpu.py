@@ -404,28 +404,7 @@ class Machine:
             fence_async_shared=lambda: (turns.wait(lambda: True), fence()),
         )
         tma = SimpleNamespace(async_copy_global_to_shared=copy)
-        asked = {}  # thread: copies whose arrival nobody has asked for yet
-
-        def copy_by_threads(to, pointer, mask):
-            asked.setdefault(threading.current_thread(), []).append((to, pointer, mask))
-
-        def arrive_when_there(bar):
-            bar.pending += 1
-            copies = asked.pop(threading.current_thread())
-
-            def land():
-                for to, pointer, mask in copies:
-                    to.data[...] = load(pointer, mask, 0.0).value
-                bar.arrive()
-
-            turns.later.append(land)
-
-        async_copy = SimpleNamespace(
-            async_copy_global_to_shared=copy_by_threads,
-            mbarrier_arrive=arrive_when_there,
-        )
         fakes = {"gl": gl, "hw": hw, "mbarrier": barriers, "tma": tma, "tl": gl}
-        fakes["async_copy"] = async_copy
         self.functions = rebuilt(modules, fakes)
 
 
@@ -518,9 +497,7 @@ def run(team, q, k, v, x, c_skip, c_out, scale, is_causal, programs=None, seed=0
     return tuple(map(torch.from_numpy, found))
 
 
-def run_backward(
-    g, q, k, v, lse, delta, c_out, scale, is_causal, programs=None, seed=0
-):
+def run_backward(g, q, k, v, lse, delta, c_out, scale, is_causal, seed=0):
     """dq, dk, dv [B, H, N, D] of tensors on the CPU; `scale_kernel`'s part is done here.
     g [B, H, Nq, D]; lse, delta [B, H, Nq] float32; c_out [B]."""
     batch, heads, q_len, dim = q.shape
@@ -534,12 +511,9 @@ def run_backward(
     sums = np.zeros(batch * heads * tiles * dq_sum.SCRATCH.value, np.float32)
     keys = (batch, kv_len, heads, dim)
     dk, dv = (np.full(keys, np.nan, np.float32).reshape(-1) for _ in range(2))
-    tasks = batch * heads * -(-kv_len // 128)
-    rounds = -(-tasks // (2 if is_causal else 1))
-    programs = min(rounds, programs or rounds)
-    numbers = [Tensor(np.int64(i)) for i in (tasks, heads, q_len, kv_len)]
-    for program in range(programs):
-        machine = Machine(BACKWARD, program, programs, seed + program)
+    numbers = [Tensor(np.int64(i)) for i in (heads, q_len, kv_len)]
+    for program in range(batch * heads * -(-kv_len // 128)):
+        machine = Machine(BACKWARD, program, None, seed + program)
         machine.functions["hopper_backward_kernel"](
             *described, *map(Pointer, (sums, dk, dv)),
             *(Pointer(t.numpy().reshape(-1)) for t in (lse, delta)),

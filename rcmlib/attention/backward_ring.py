@@ -9,18 +9,9 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from rcmlib.attention.ring import (
-    ROWS,
-    SMEM,
-    barriers,
-    copy_rows,
-    own_index,
-    own_rounds,
-    place,
-)  # fmt: skip
+from rcmlib.attention.ring import ROWS, SMEM, barriers, copy_rows, place
 
 
 class Ring(NamedTuple):
@@ -34,7 +25,6 @@ class Ring(NamedTuple):
     delta: SMEM
     ds: SMEM  # [4, 64, block_n]: of two tiles, of two groups
     keys_full: SMEM
-    keys_free: SMEM
     q_full: SMEM
     q_free: SMEM
     g_full: SMEM
@@ -43,21 +33,11 @@ class Ring(NamedTuple):
     ds_free: SMEM  # a tile: both have multiplied it with k
 
 
-class All(NamedTuple):
-    """What there is to do."""
-
-    tasks: gl.tensor
-    heads: gl.tensor
-    q_len: gl.tensor
-    kv_len: gl.tensor
-
-
 class Task(NamedTuple):
     """128 keys, and the tiles of block_n queries that see them."""
 
     sample: gl.tensor
     head: gl.tensor
-    of_all: gl.tensor  # the head's place among those of all samples, in 64 bits
     row: gl.tensor  # the first key
     start: gl.tensor  # the first tile of queries
     masked: gl.tensor  # tiles before this one need a mask
@@ -68,74 +48,44 @@ class Task(NamedTuple):
 
 
 @gluon.jit
-def own_keys(r, every, HOW: gl.constexpr):
-    """The r-th task of a program."""
-    M: gl.constexpr = HOW.block_n
-    blocks = gl.cdiv(every.kv_len, 2 * ROWS)
-    index = own_index(r, every, HOW)
-    head, row = index // blocks, index % blocks * 2 * ROWS
-    tiles = gl.cdiv(every.q_len, M)
-    start, masked = 0, 0
-    if HOW.causal:  # earlier queries see none of these keys; the diagonal needs a mask
-        start = gl.minimum(row // M, tiles)
-        masked = gl.minimum(gl.cdiv(row + 2 * ROWS, M), tiles)
-    if HOW.ragged:  # of the last keys some do not exist
-        masked = gl.where(row + 2 * ROWS > every.kv_len, tiles, masked)
-    return Task(head // every.heads, head % every.heads, head.to(gl.int64), row, start, masked,
-                tiles - start, every.q_len, every.kv_len, every.heads)  # fmt: skip
-
-
-@gluon.jit
-def produce(q, k, v, g, ring, every, HOW: gl.constexpr):
-    """One warp: a task's k and v, then each tile of q and g, and one of q more: scores are
-    begun for a tile that does not exist."""
+def produce(q, k, v, g, ring, task, HOW: gl.constexpr):
+    """One warp: k and v, then each tile of q and g, and one of q more: scores are begun for a
+    tile that does not exist."""
     M: gl.constexpr = HOW.block_n
     BYTES: gl.constexpr = 2 * M * HOW.block_d
-    done = 0  # tiles of earlier tasks
-    for r in range(own_rounds(every, HOW)):
-        task = own_keys(r, every, HOW)
-        mbarrier.wait(ring.keys_free.index(0), (r & 1) ^ 1)
-        mbarrier.expect(ring.keys_full.index(0), 8 * ROWS * HOW.block_d)
-        for w in gl.static_range(2):
-            row = task.row + ROWS * w
-            copy_rows(k, task, row, ring.keys_full.index(0), ring.k.index(w))
-            copy_rows(v, task, row, ring.keys_full.index(0), ring.v.index(w))
-        for i in range(task.tiles + 1):
-            at, phase = place(done + r + i, 2 * HOW.stages)
-            row = (task.start + i) * M
-            mbarrier.wait(ring.q_free.index(at), phase ^ 1)
-            mbarrier.expect(ring.q_full.index(at), BYTES)
-            copy_rows(q, task, row, ring.q_full.index(at), ring.q.index(at))
-            if i < task.tiles:
-                at, phase = place(done + i, HOW.stages)
-                mbarrier.wait(ring.g_free.index(at), phase ^ 1)
-                mbarrier.expect(ring.g_full.index(at), BYTES)
-                copy_rows(g, task, row, ring.g_full.index(at), ring.g.index(at))
-        done += task.tiles
+    mbarrier.expect(ring.keys_full.index(0), 8 * ROWS * HOW.block_d)
+    for w in gl.static_range(2):
+        copy_rows(k, task, task.row + ROWS * w, ring.keys_full.index(0), ring.k.index(w))
+        copy_rows(v, task, task.row + ROWS * w, ring.keys_full.index(0), ring.v.index(w))
+    for i in range(task.tiles + 1):
+        at, phase = place(i, 2 * HOW.stages)
+        row = (task.start + i) * M
+        mbarrier.wait(ring.q_free.index(at), phase ^ 1)
+        mbarrier.expect(ring.q_full.index(at), BYTES)
+        copy_rows(q, task, row, ring.q_full.index(at), ring.q.index(at))
+        if i < task.tiles:
+            at, phase = place(i, HOW.stages)
+            mbarrier.wait(ring.g_free.index(at), phase ^ 1)
+            mbarrier.expect(ring.g_full.index(at), BYTES)
+            copy_rows(g, task, row, ring.g_full.index(at), ring.g.index(at))
 
 
 @gluon.jit
-def copy_numbers(lse, delta, ring, every, HOW: gl.constexpr):
+def copy_numbers(lse, delta, ring, task, HOW: gl.constexpr):
     """One warp: lse and δ of each tile of queries, which the copy engine cannot address at any
-    length. Zeros beyond the last query: there q and g are zeros, too, and add nothing."""
+    length. Beyond the last query lse = ∞ makes P = 0, so that nothing is added."""
     M: gl.constexpr = HOW.block_n
-    done = 0
-    for r in range(own_rounds(every, HOW)):
-        task = own_keys(r, every, HOW)
-        first = task.of_all * task.q_len
-        rows = task.start * M + gl.arange(0, M, gl.BlockedLayout([1], [32], [1], [0]))
-        for i in range(task.tiles + 1):
-            at, phase = place(done + r + i, 2 * HOW.stages)
-            mbarrier.wait(ring.q_free.index(at), phase ^ 1)
-            inside = rows < task.q_len
-            numbers = lse + first + rows
-            async_copy.async_copy_global_to_shared(ring.lse.index(at), numbers, inside)
-            numbers = delta + first + rows
-            async_copy.async_copy_global_to_shared(ring.delta.index(at), numbers, inside)
-            async_copy.mbarrier_arrive(ring.q_full.index(at))  # once they are there
-            mbarrier.arrive(ring.q_full.index(at))
-            rows += M
-        done += task.tiles
+    rows = task.start * M + gl.arange(0, M, gl.BlockedLayout([1], [32], [1], [0]))
+    for i in range(task.tiles + 1):
+        at, phase = place(i, 2 * HOW.stages)
+        mbarrier.wait(ring.q_free.index(at), phase ^ 1)
+        inside = rows < task.q_len
+        found = gl.load(lse + rows, mask=inside, other=float("inf"))
+        ring.lse.index(at).store(found)
+        found = gl.load(delta + rows, mask=inside, other=0.0)
+        ring.delta.index(at).store(found)
+        mbarrier.arrive(ring.q_full.index(at))
+        rows += M
 
 
 @gluon.jit
@@ -154,8 +104,8 @@ def new_ring(q, k, v, g, HOW: gl.constexpr):
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, M], flat),
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, M], flat),
         gl.allocate_shared_memory(q.dtype, [4, ROWS, M], ds_layout),
-        barriers(1, 1), barriers(1, 2), barriers(2 * STAGES, 2), barriers(2 * STAGES, 2),
-        barriers(STAGES, 1), barriers(STAGES, 2), barriers(2, 2), barriers(2, 2),
+        barriers(1, 1), barriers(2 * STAGES, 2), barriers(2 * STAGES, 2), barriers(STAGES, 1),
+        barriers(STAGES, 2), barriers(2, 2), barriers(2, 2),
     )  # fmt: skip
     hw.fence_async_shared()
     return ring

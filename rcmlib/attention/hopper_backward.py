@@ -23,13 +23,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from rcmlib import core
 from rcmlib.attention.backward import as_heads
-from rcmlib.attention.backward_ring import All, copy_numbers, new_ring, own_keys, produce
+from rcmlib.attention.backward_ring import Task, copy_numbers, new_ring, produce
 from rcmlib.attention.dq_sum import SCRATCH, add_to_dq, scale_kernel
 from rcmlib.attention.hopper import GLUON, load_coefficient
 from rcmlib.attention.registers import as_operand, in_registers
-from rcmlib.attention.ring import ROWS, matrix, own_rounds, place
+from rcmlib.attention.ring import ROWS, matrix, place
 from rcmlib.attention.tiles import LOG2_E
 from rcmlib.core import launch
 
@@ -76,9 +75,8 @@ def hide(pt, G: gl.constexpr, tile, task, HOW: gl.constexpr):
 
 
 @gluon.jit
-def gather(G: gl.constexpr, r, ring, dq_sum, task, done, qk_scale, HOW: gl.constexpr):
-    """(dk, dv) of 64 keys, [64, block_d] each; dq is added to scratch tile by tile. The
-    program's r-th task; done: tiles of g in earlier ones, which had r of q more."""
+def gather(G: gl.constexpr, ring, dq_sum, task, qk_scale, HOW: gl.constexpr):
+    """(dk, dv) of 64 keys, [64, block_d] each; dq is added to scratch tile by tile."""
     M: gl.constexpr = HOW.block_n
     D: gl.constexpr = HOW.block_d
     columns: gl.constexpr = gl.SliceLayout(0, in_registers(M))
@@ -86,15 +84,13 @@ def gather(G: gl.constexpr, r, ring, dq_sum, task, done, qk_scale, HOW: gl.const
     dv = gl.zeros([ROWS, D], gl.float32, in_registers(D))
     zero = gl.zeros([ROWS, M], gl.float32, in_registers(M))
     vt = matrix(ring.v.index(G))
-    mbarrier.wait(ring.keys_full.index(0), r & 1)
-    first, phase_first = place(done + r, 2 * HOW.stages)
-    mbarrier.wait(ring.q_full.index(first), phase_first)
-    st = hw.warpgroup_mma_wait(0, [begin_scores(G, ring, first, HOW)])
-    for n in range(done, done + task.tiles):
-        i = n - done
-        at, phase = place(n, HOW.stages)  # of g
-        now, _ = place(n + r, 2 * HOW.stages)  # of q
-        after, phase_after = place(n + r + 1, 2 * HOW.stages)
+    mbarrier.wait(ring.keys_full.index(0), 0)
+    mbarrier.wait(ring.q_full.index(0), 0)
+    st = hw.warpgroup_mma_wait(0, [begin_scores(G, ring, 0, HOW)])
+    for i in range(task.tiles):
+        at, phase = place(i, HOW.stages)  # of g
+        now, _ = place(i, 2 * HOW.stages)  # of q
+        after, phase_after = place(i + 1, 2 * HOW.stages)
         qt, gt = matrix(ring.q.index(now)), matrix(ring.g.index(at))
         less = zero - ring.delta.index(now).load(columns)[None, :]  # dPᵀ − δ is what counts
         mbarrier.wait(ring.g_full.index(at), phase)
@@ -108,32 +104,29 @@ def gather(G: gl.constexpr, r, ring, dq_sum, task, done, qk_scale, HOW: gl.const
         dv = hw.warpgroup_mma(as_operand(pt, dv, ring.g.dtype), gt, dv, is_async=True)
         dpt = hw.warpgroup_mma_wait(1, [dpt])
         dst = (pt * dpt).to(ring.q.dtype)
-        turned = ((n + 1) // 2 & 1) ^ 1
-        mbarrier.wait(ring.ds_free.index(n & 1), turned)
-        ring.ds.index(2 * (n & 1) + G).store(dst)
+        turned = ((i + 1) // 2 & 1) ^ 1
+        mbarrier.wait(ring.ds_free.index(i & 1), turned)
+        ring.ds.index(2 * (i & 1) + G).store(dst)
         hw.fence_async_shared()
-        mbarrier.arrive(ring.ds_full.index(n & 1))
-        # dq of the tile before; at first of nothing, whatever is in the buffer.
-        mbarrier.wait(ring.ds_full.index((n - 1) & 1), turned)
-        dq = begin_dq(G, ring, n - 1, HOW)
+        mbarrier.arrive(ring.ds_full.index(i & 1))
+        # dq of the tile before; in the first round of nothing, whatever is in the buffer.
+        mbarrier.wait(ring.ds_full.index((i - 1) & 1), turned)
+        dq = begin_dq(G, ring, i - 1, HOW)
         dk = hw.warpgroup_mma(as_operand(dst, dk, ring.q.dtype), qt, dk, is_async=True)
         dv, dq = hw.warpgroup_mma_wait(1, [dv, dq])
         mbarrier.arrive(ring.g_free.index(at))
-        mbarrier.arrive(ring.ds_free.index((n - 1) & 1))
+        mbarrier.arrive(ring.ds_free.index((i - 1) & 1))
         if i > 0:
             add_to_dq(dq_sum + (2 * (i - 1) + G).to(gl.int64) * (SCRATCH // 2), dq)
         mbarrier.wait(ring.q_full.index(after), phase_after)
         st = begin_scores(G, ring, after, HOW)
         dk, st = hw.warpgroup_mma_wait(0, [dk, st])
         mbarrier.arrive(ring.q_free.index(now))
-    end = done + task.tiles
-    mbarrier.arrive(ring.q_free.index(place(end + r, 2 * HOW.stages)[0]))
-    if end > done:
-        mbarrier.wait(ring.ds_full.index((end - 1) & 1), ((end - 1) // 2) & 1)
-        dq = hw.warpgroup_mma_wait(0, [begin_dq(G, ring, end - 1, HOW)])
-        last = (2 * (task.tiles - 1) + G).to(gl.int64)
-        add_to_dq(dq_sum + last * (SCRATCH // 2), dq)
-    mbarrier.arrive(ring.keys_free.index(0))
+    last = task.tiles - 1
+    if last >= 0:
+        mbarrier.wait(ring.ds_full.index(last & 1), (last // 2) & 1)
+        dq = hw.warpgroup_mma_wait(0, [begin_dq(G, ring, last, HOW)])
+        add_to_dq(dq_sum + (2 * last + G).to(gl.int64) * (SCRATCH // 2), dq)
     return dk, dv
 
 
@@ -154,30 +147,38 @@ def store_keys(G: gl.constexpr, dst, tile, factor, task, HOW: gl.constexpr):
 
 @gluon.jit
 def consume(G: gl.constexpr, work, HOW: gl.constexpr):
-    ring, dq_sum, every, dk_out, dv_out, c_out, scale, qk_scale = work
-    done = 0
-    for r in range(own_rounds(every, HOW)):
-        task = own_keys(r, every, HOW)
-        first = task.of_all * gl.cdiv(task.q_len, HOW.block_n) + task.start
-        own_dq = dq_sum + first * SCRATCH
-        dk, dv = gather(G, r, ring, own_dq, task, done, qk_scale, HOW)
-        c = load_coefficient(c_out, task.sample, HOW.per_sample)
-        store_keys(G, dv_out, dv, c, task, HOW)
-        store_keys(G, dk_out, dk, c * scale, task, HOW)
-        done += task.tiles
+    ring, dq_sum, task, dk_out, dv_out, c_out, scale, qk_scale = work
+    dk, dv = gather(G, ring, dq_sum, task, qk_scale, HOW)
+    c = load_coefficient(c_out, task.sample, HOW.per_sample)
+    store_keys(G, dv_out, dv, c, task, HOW)
+    store_keys(G, dk_out, dk, c * scale, task, HOW)
 
 
 @gluon.jit
 def hopper_backward_kernel(q, k, v, g, dq_sum, dk, dv, lse, delta, c_out, scale, qk_scale,
-                           tasks, heads, q_len, kv_len, HOW: gl.constexpr):  # fmt: skip
+                           heads, q_len, kv_len, HOW: gl.constexpr):  # fmt: skip
     """q, k, v, g: descriptors of [B, H, N, D]. dq_sum: zeros. HOW: a TeamVariant, whose block_n
     is a tile of queries."""
-    ring, every = new_ring(q, k, v, g, HOW), All(tasks, heads, q_len, kv_len)
-    work = (ring, dq_sum, every, dk, dv, c_out, scale, qk_scale)
+    M: gl.constexpr = HOW.block_n
+    ring = new_ring(q, k, v, g, HOW)
+    blocks = gl.cdiv(kv_len, 2 * ROWS)
+    pid = gl.program_id(0)
+    sample, head, row = pid // blocks // heads, pid // blocks % heads, pid % blocks * 2 * ROWS
+    tiles = gl.cdiv(q_len, M)
+    start, masked = 0, 0
+    if HOW.causal:  # earlier queries see none of these keys; the diagonal needs a mask
+        start = gl.minimum(row // M, tiles)
+        masked = gl.minimum(gl.cdiv(row + 2 * ROWS, M), tiles)
+    if HOW.ragged:  # of the last keys some do not exist
+        masked = gl.where(row + 2 * ROWS > kv_len, tiles, masked)
+    task = Task(sample, head, row, start, masked, tiles - start, q_len, kv_len, heads)
+    here = (sample.to(gl.int64) * heads + head) * q_len
+    own_dq = dq_sum + ((sample * heads + head).to(gl.int64) * tiles + start) * SCRATCH
+    work = (ring, own_dq, task, dk, dv, c_out, scale, qk_scale)
     gl.warp_specialize(
         [(consume, (0, work, HOW)), (consume, (1, work, HOW)),
-         (produce, (q, k, v, g, ring, every, HOW)),
-         (copy_numbers, (lse, delta, ring, every, HOW))],
+         (produce, (q, k, v, g, ring, task, HOW)),
+         (copy_numbers, (lse + here, delta + here, ring, task, HOW))],
         [4, 1, 1], [HOW.registers, 24, 24],
     )  # fmt: skip
 
@@ -213,11 +214,8 @@ def hopper_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple:
     boxes = tuple(
         (*box, gl.NVMMASharedLayout.get_default_for(box[2], GLUON[q.dtype])) for box in boxes
     )
-    tasks = many * triton.cdiv(kv_len, 2 * ROWS.value)
-    rounds = triton.cdiv(tasks, 2 if is_causal else 1)
-    programs = min(rounds, core.multiprocessors(q.device) or rounds)
-    products = launch.Plan(hopper_backward_kernel, programs, tasks, q.shape[1], q_len, kv_len,
-                           HOW=how, boxes=boxes)  # fmt: skip
+    programs, lengths = many * triton.cdiv(kv_len, 2 * ROWS.value), (q.shape[1], q_len, kv_len)
+    products = launch.Plan(hopper_backward_kernel, programs, *lengths, HOW=how, boxes=boxes)
     scale = launch.Plan(scale_kernel, many * tiles, q.shape[1], q_len, tiles, HOW=how)
     return products, scale, many * tiles * SCRATCH.value
 
