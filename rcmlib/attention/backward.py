@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rcmlib import core
+from rcmlib.attention.forward import sources
 from rcmlib.attention.tiles import LOG2_E, choose_backward_tiles, hopper_gradients
 from rcmlib.core import launch
 from rcmlib.core.epilogue import load_coefficient
@@ -164,8 +165,8 @@ def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launc
     kv_len = k.shape[2]
     block_d = triton.next_power_of_2(head_dim)
     capability = core.device_capability(q.device)
-    sources = (q, k, v, g)
-    tma = core.copy_engine(q.dtype, capability) and launch.descriptors_allowed(*sources)
+    read = (q, k, v, g)
+    tma = core.copy_engine(q.dtype, capability) and launch.descriptors_allowed(*read)
 
     def plan(kernel, tile, programs, ragged=False):
         m, n = tile.block_m, tile.block_n
@@ -175,8 +176,8 @@ def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launc
         )  # fmt: skip
         return launch.Plan(
             kernel, batch * heads * programs,
-            heads, q_len, kv_len, tuple(t.stride()[:3] for t in sources), HOW=how,
-            boxes=launch.boxes_of_rows(sources, (m, n, n, m), block_d) if tma else (),
+            heads, q_len, kv_len, tuple(t.stride()[:3] for t in read), HOW=how,
+            boxes=launch.boxes_of_rows(read, (m, n, n, m), block_d) if tma else (),
         )  # fmt: skip
 
     for_keys, for_queries = choose_backward_tiles(head_dim, q.dtype, capability, tma, is_causal)
@@ -187,24 +188,19 @@ def backward_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple[launc
     return dkdv, plan(dq_kernel, for_queries, query_tiles, ragged)
 
 
-def as_heads(g: Tensor, q: Tensor) -> Tensor:
-    """g [B, Nq, H·D] as [B, H, Nq, D]."""
-    return g.unflatten(-1, (q.shape[1], q.shape[3])).transpose(1, 2)
-
-
 def backward_launches(
     g, q, k, v, lse, delta, c_out, scale, is_causal
 ) -> tuple[tuple[Tensor, ...], tuple[Callable[[], None], ...]]:
     """The results dq, dk, dv [B, N, H, D], and the two launches that fill them."""
     batch, heads, _, head_dim = q.shape
-    sources = (q, k, v, as_heads(g, q))
+    read = sources(q, k, v, g)
     dq, dk, dv = (launch.result(t, (batch, t.shape[2], heads, head_dim)) for t in (q, k, v))
-    key = launch.key_of("attention_backward", (*sources, lse, delta, c_out), is_causal)
+    key = launch.key_of("attention_backward", (*read, lse, delta, c_out), is_causal)
     per_sample = isinstance(c_out, Tensor)
-    plans = launch.planned(key, lambda: backward_plans(*sources, per_sample, is_causal))
+    plans = launch.planned(key, lambda: backward_plans(*read, per_sample, is_causal))
 
     def run(plan, *results):
-        plan.launch(*sources, *results, lse, delta, c_out, scale, scale * LOG2_E)
+        plan.launch(*read, *results, lse, delta, c_out, scale, scale * LOG2_E)
 
     dkdv = functools.partial(run, plans[0], dk, dv)
     return (dq, dk, dv), (dkdv, functools.partial(run, plans[1], dq))
@@ -227,6 +223,6 @@ def attention_backward(g, q, k, v, lse, delta, c_out, scale, is_causal) -> tuple
         shape = q.shape[0] * q.shape[1], q.shape[2], k.shape[2], q.shape[3]
         gpu = core.device_capability(q.device), core.multiprocessors(q.device)
         wanted = hopper_gradients(shape, q.dtype, *gpu)
-        if wanted and launch.descriptors_allowed(q, k, v, as_heads(g, q)):
+        if wanted and launch.descriptors_allowed(*sources(q, k, v, g)):
             run = core.load("rcmlib.attention.hopper_backward").hopper_backward
     return run(g, q, k, v, lse, delta, c_out, scale, is_causal)

@@ -34,6 +34,7 @@ from rcmlib.attention.registers import (
 from rcmlib.attention.ring import (
     ROWS,
     Source,
+    boxes_of,
     copy_rows,
     matrix,
     new_ring,
@@ -46,7 +47,6 @@ from rcmlib.attention.ring import (
 from rcmlib.core import epilogue, launch
 
 MOST_ROUNDS = 31  # tasks of a program: which it has to do again is noted in the bits of an int
-GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 # The one skip, compiled as Gluon.
 skip_epilogue = gluon.jit(epilogue.skip_epilogue.fn)
 load_coefficient = gluon.jit(epilogue.load_coefficient.fn)
@@ -263,26 +263,18 @@ def hopper_plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor | None,
     per_sample: bool, is_causal: bool, team: launch.Team,
 ) -> launch.Plan:  # fmt: skip
-    """As `forward.attention_plan`, of `hopper_attention_kernel`. ValueError for heads that it
-    cannot read: not of 16 bits, D > 128, or not to be addressed by the copy engine."""
+    """As `forward.attention_plan`, of `hopper_attention_kernel`; errors as of `boxes_of`."""
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
-    read = sources(q, k, v, x)
-    if q.itemsize != 2 or head_dim > 128 or not launch.descriptors_allowed(*read):
-        raise ValueError("Hopper's kernel reads 16-bit heads, D ≤ 128, through the copy engine")
+    m, n, block_d = ROWS.value, team.block_n, max(64, triton.next_power_of_2(head_dim))
+    boxes = boxes_of(sources(q, k, v, x), (m, n, n, m), block_d)
     if team.fixed and q.dtype == torch.float16:
         raise ValueError("float16 cannot hold weights relative to a maximum that is kept")
     assert team.groups in (2, 3) and team.stages.bit_count() == 1, team
-    m, n, block_d = ROWS.value, team.block_n, max(64, triton.next_power_of_2(head_dim))
     how = launch.TeamVariant(
         **vars(team), head_dim=head_dim, block_d=block_d, causal=is_causal,
         ragged=kv_len % n != 0, per_sample=per_sample,
     )  # fmt: skip
-    boxes = launch.boxes_of_rows(read, (m, n, n, m)[: len(read)], block_d)
-    boxes = tuple(
-        (*box, gl.NVMMASharedLayout.get_default_for(box[2], GLUON[t.dtype]))
-        for t, box in zip(read, boxes, strict=True)
-    )
     tasks = batch * heads * triton.cdiv(q_len, m * team.groups)
     each = 2 if is_causal else 1  # tasks a round
     rounds = triton.cdiv(tasks, each)

@@ -23,12 +23,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from rcmlib.attention.backward import as_heads
 from rcmlib.attention.backward_ring import Task, copy_numbers, new_ring, produce
 from rcmlib.attention.dq_sum import SCRATCH, add_to_dq, scale_kernel
-from rcmlib.attention.hopper import GLUON, load_coefficient
+from rcmlib.attention.forward import sources
+from rcmlib.attention.hopper import load_coefficient
 from rcmlib.attention.registers import as_operand, in_registers
-from rcmlib.attention.ring import ROWS, matrix, place
+from rcmlib.attention.ring import ROWS, boxes_of, matrix, place
 from rcmlib.attention.tiles import LOG2_E
 from rcmlib.core import launch
 
@@ -203,17 +203,12 @@ def seen(k, v, q_len: int, is_causal: bool) -> tuple[torch.Tensor, torch.Tensor]
 
 def hopper_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple:
     """(the two launches for tensors like these, the elements of scratch). g: [B, H, Nq, D].
-    ValueError as `hopper.hopper_plan`."""
-    if q.itemsize != 2 or q.shape[3] > 128 or not launch.descriptors_allowed(q, k, v, g):
-        raise ValueError("Hopper's kernel reads 16-bit heads, D ≤ 128, through the copy engine")
+    ValueError as `ring.boxes_of`."""
     many, q_len, kv_len = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     how, tiles = variant(q, kv_len, is_causal, per_sample)
     m = how.block_n
-    k, v = seen(k, v, q_len, is_causal)
-    boxes = launch.boxes_of_rows((q, k, v, g), (m, 64, 64, m), how.block_d)
-    boxes = tuple(
-        (*box, gl.NVMMASharedLayout.get_default_for(box[2], GLUON[q.dtype])) for box in boxes
-    )
+    read = (q, *seen(k, v, q_len, is_causal), g)
+    boxes = boxes_of(read, (m, 64, 64, m), how.block_d)
     programs, lengths = many * triton.cdiv(kv_len, 2 * ROWS.value), (q.shape[1], q_len, kv_len)
     products = launch.Plan(hopper_backward_kernel, programs, *lengths, HOW=how, boxes=boxes)
     scale = launch.Plan(scale_kernel, many * tiles, q.shape[1], q_len, tiles, HOW=how)
@@ -225,13 +220,13 @@ def hopper_backward(
 ) -> tuple[torch.Tensor, ...]:
     """As `backward.attention_backward`."""
     batch, heads, _, head_dim = q.shape
-    sources = (q, k, v, as_heads(g, q))
-    key = launch.key_of("hopper_backward", (*sources, lse, delta, c_out), is_causal)
+    read = sources(q, k, v, g)
+    key = launch.key_of("hopper_backward", (*read, lse, delta, c_out), is_causal)
     per_sample = isinstance(c_out, torch.Tensor)
-    plans = launch.planned(key, lambda: hopper_plans(*sources, per_sample, is_causal))
+    plans = launch.planned(key, lambda: hopper_plans(*read, per_sample, is_causal))
     products, last, size = plans
     dq_sum = launch.result(q, (size,), torch.float32).zero_()
     dq, dk, dv = (launch.result(t, (batch, t.shape[2], heads, head_dim)) for t in (q, k, v))
-    products.launch(*sources, dq_sum, dk, dv, lse, delta, c_out, scale, scale * LOG2_E)
+    products.launch(*read, dq_sum, dk, dv, lse, delta, c_out, scale, scale * LOG2_E)
     last.launch(dq_sum, dq, c_out, scale)
     return tuple(t.transpose(1, 2) for t in (dq, dk, dv))

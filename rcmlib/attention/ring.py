@@ -10,13 +10,17 @@ them a round is a task.
 
 from typing import NamedTuple
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from rcmlib.core import launch
+
 ROWS = gl.constexpr(64)  # of a group: one wgmma's
 SMEM = gl.shared_memory_descriptor
+GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 class Ring(NamedTuple):
@@ -193,3 +197,16 @@ def new_ring(source, HOW: gl.constexpr):
     if HOW.turns:
         mbarrier.arrive(ring.turn.index(0))
     return ring
+
+
+def boxes_of(read: tuple[torch.Tensor, ...], rows, block_d: int) -> tuple[launch.Box, ...]:
+    """`launch.boxes_of_rows` of q and what else is read, with their layouts in shared memory.
+    ValueError for heads that Hopper's kernels cannot read: not of 16 bits, D > 128, or not to
+    be addressed by the copy engine."""
+    if read[0].itemsize != 2 or read[0].shape[3] > 128 or not launch.descriptors_allowed(*read):
+        raise ValueError("Hopper's kernel reads 16-bit heads, D ≤ 128, through the copy engine")
+    boxes = launch.boxes_of_rows(read, rows[: len(read)], block_d)
+    return tuple(
+        (*box, gl.NVMMASharedLayout.get_default_for(box[2], GLUON[t.dtype]))
+        for t, box in zip(read, boxes, strict=True)
+    )
