@@ -277,6 +277,7 @@ class Machine:
     def __init__(self, modules, program, programs, seed):
         turns = self.turns = Turns(seed)
         groups = {}  # thread: the products that it has under way, oldest first
+        leaving = {}  # thread: so its copies to global memory
 
         def array(function, dtype=None):
             def call(*arguments):
@@ -318,6 +319,27 @@ class Machine:
                 bar.turn()
 
             turns.later.append(land)
+
+        def copy_back(target, at, source):
+            assert not source.use.unfenced, (
+                "the copy engine reads what no fence has handed over"
+            )
+            done = []
+
+            def leave():
+                if not done:
+                    done.append(True)
+                    target.put(source.data, list(map(int, at)))
+                    source.use.products -= 1
+
+            source.use.products += 1
+            leaving.setdefault(threading.current_thread(), []).append(leave)
+            turns.later.append(leave)
+
+        def copied_back(left):
+            own = leaving.get(threading.current_thread(), [])
+            while len(own) > left:
+                own.pop(0)()
 
         def product(a, b, acc, use_acc=True, is_async=False):
             own = groups.setdefault(threading.current_thread(), [])
@@ -403,7 +425,11 @@ class Machine:
             warpgroup_mma_wait=product_wait,
             fence_async_shared=lambda: (turns.wait(lambda: True), fence()),
         )
-        tma = SimpleNamespace(async_copy_global_to_shared=copy)
+        tma = SimpleNamespace(
+            async_copy_global_to_shared=copy,
+            async_copy_shared_to_global=copy_back,
+            store_wait=copied_back,
+        )
         fakes = {"gl": gl, "hw": hw, "mbarrier": barriers, "tma": tma, "tl": gl}
         self.functions = rebuilt(modules, fakes)
 
@@ -448,6 +474,11 @@ class Descriptor:
         self.dtype = FLOAT32 if t.dtype == torch.float32 else BF16
         self.rows, self.cols, self.layout = rows, cols, None
         self.block_type = SimpleNamespace(nbytes=rows * cols * t.element_size())
+
+    def put(self, tile, at):
+        sample, head, row, _ = at
+        found = self.array[sample, head, row : row + self.rows]
+        found[...] = tile[0, 0, : found.shape[0], : found.shape[1]]
 
     def box(self, at):
         sample, head, row, _ = at
@@ -509,17 +540,16 @@ def run_backward(g, q, k, v, lse, delta, c_out, scale, is_causal, seed=0):
         Descriptor(t, n, how.block_d) for t, n in zip((q, k, v, g), rows, strict=True)
     ]
     sums = np.zeros(batch * heads * tiles * dq_sum.SCRATCH.value, np.float32)
-    keys = (batch, kv_len, heads, dim)
-    dk, dv = (np.full(keys, np.nan, np.float32).reshape(-1) for _ in range(2))
+    dk, dv = (torch.full((batch, heads, kv_len, dim), torch.nan) for _ in range(2))
+    described += [Descriptor(t, 64, how.block_d) for t in (dk, dv)]
     numbers = [Tensor(np.int64(i)) for i in (heads, q_len, kv_len)]
     for program in range(batch * heads * -(-kv_len // 128)):
         machine = Machine(BACKWARD, program, None, seed + program)
         machine.functions["hopper_backward_kernel"](
-            *described, *map(Pointer, (sums, dk, dv)),
+            *described, Pointer(sums),
             *(Pointer(t.numpy().reshape(-1)) for t in (lse, delta)),
             Pointer(c_out.float().numpy()), float(scale), float(scale * LOG2_E), *numbers, how,
         )  # fmt: skip
-    dk, dv = (torch.from_numpy(t.reshape(keys)).transpose(1, 2) for t in (dk, dv))
     row, col = np.indices((how.block_n, how.block_d))
     place = dq_sum.in_order_of_registers.fn(row % 64, col % 64)
     place += (row // 64 + col // 64) * dq_sum.SCRATCH.value // 2

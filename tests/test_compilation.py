@@ -246,10 +246,10 @@ def test_hoppers_own_gradients_neither_spill_a_sum_nor_wait_for_each_product():
         own(BF16, 128, ragged=True, causal=True),
     ]
     for job, found in compiled(jobs):
-        assert not found.serialized and found.spill_bytes < 512, job
+        assert not found.serialized and found.spill_bytes < 256, job
         assert found.shared_bytes <= SHARED_KIB[90] * 1024, job
-        # Addresses and lengths may be read back in a loop; a sum has 64 registers.
-        assert len(spills_in_loop(found.ptx, 90)) < 24, job
+        # An address may be read back in a loop; a sum has 64 registers.
+        assert len(spills_in_loop(found.ptx, 90)) < 4, job
         assert "red.relaxed.gpu.global.add.v4.f32" in found.ptx
 
 

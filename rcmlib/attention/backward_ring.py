@@ -24,13 +24,14 @@ class Ring(NamedTuple):
     lse: SMEM  # [2·stages, block_n] float32, with q; so delta
     delta: SMEM
     ds: SMEM  # [4, 64, block_n]: of two tiles, of two groups
-    keys_full: SMEM
+    k_full: SMEM
+    v_full: SMEM
     q_full: SMEM
     q_free: SMEM
     g_full: SMEM
     g_free: SMEM
-    ds_full: SMEM  # a tile: both groups have stored theirs
-    ds_free: SMEM  # a tile: both have multiplied it with k
+    ds_free: SMEM  # of a tile: both groups have multiplied it with k
+    last: SMEM  # both have stored the last tile's; then, both have read k
 
 
 class Task(NamedTuple):
@@ -48,21 +49,28 @@ class Task(NamedTuple):
 
 
 @gluon.jit
+def copy_keys(source, task, full, to, HOW: gl.constexpr):
+    """Both groups' rows of k or v."""
+    mbarrier.expect(full, 4 * ROWS * HOW.block_d)
+    for w in gl.static_range(2):
+        copy_rows(source, task, task.row + ROWS * w, full, to.index(w))
+
+
+@gluon.jit
 def produce(q, k, v, g, ring, task, HOW: gl.constexpr):
-    """One warp: k and v, then each tile of q and g, and one of q more: scores are begun for a
-    tile that does not exist."""
+    """One warp: k and v, each tile of q and g, and one of q more: scores are begun for a tile
+    that does not exist."""
     M: gl.constexpr = HOW.block_n
     BYTES: gl.constexpr = 2 * M * HOW.block_d
-    mbarrier.expect(ring.keys_full.index(0), 8 * ROWS * HOW.block_d)
-    for w in gl.static_range(2):
-        copy_rows(k, task, task.row + ROWS * w, ring.keys_full.index(0), ring.k.index(w))
-        copy_rows(v, task, task.row + ROWS * w, ring.keys_full.index(0), ring.v.index(w))
+    copy_keys(k, task, ring.k_full.index(0), ring.k, HOW)
     for i in range(task.tiles + 1):
         at, phase = place(i, 2 * HOW.stages)
         row = (task.start + i) * M
         mbarrier.wait(ring.q_free.index(at), phase ^ 1)
         mbarrier.expect(ring.q_full.index(at), BYTES)
         copy_rows(q, task, row, ring.q_full.index(at), ring.q.index(at))
+        if i == 0:  # behind what the first scores need
+            copy_keys(v, task, ring.v_full.index(0), ring.v, HOW)
         if i < task.tiles:
             at, phase = place(i, HOW.stages)
             mbarrier.wait(ring.g_free.index(at), phase ^ 1)
@@ -104,8 +112,8 @@ def new_ring(q, k, v, g, HOW: gl.constexpr):
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, M], flat),
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, M], flat),
         gl.allocate_shared_memory(q.dtype, [4, ROWS, M], ds_layout),
-        barriers(1, 1), barriers(2 * STAGES, 2), barriers(2 * STAGES, 2), barriers(STAGES, 1),
-        barriers(STAGES, 2), barriers(2, 2), barriers(2, 2),
+        barriers(1, 1), barriers(1, 1), barriers(2 * STAGES, 2), barriers(2 * STAGES, 2),
+        barriers(STAGES, 1), barriers(STAGES, 2), barriers(2, 2), barriers(1, 2),
     )  # fmt: skip
     hw.fence_async_shared()
     return ring

@@ -5,7 +5,8 @@
 A program owns 128 keys, two groups of four warps 64 each. One warp copies tiles of q and g
 into rings, one lse and δ. P and dS of a group's keys are in registers what its sums dv and dk
 take as their left operand. For dq, dS goes through shared memory, and each group computes
-half of dS k, one tile later: so neither waits for the other's dS of the same tile.
+half of dS k, one tile later: so neither waits for the other's dS of the same tile. dk and dv
+leave through the buffers of k and v.
 
 dq of a tile of queries is a sum over all programs. They add to float32 scratch in global
 memory (dq_sum.py), in the order in which they come: two runs may differ in dq's last bit. So
@@ -21,7 +22,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from rcmlib.attention.backward_ring import Task, copy_numbers, new_ring, produce
 from rcmlib.attention.dq_sum import SCRATCH, add_to_dq, scale_kernel
@@ -34,23 +35,33 @@ from rcmlib.core import launch
 
 
 @gluon.jit
-def begin_scores(G: gl.constexpr, ring, at, HOW: gl.constexpr):
-    """Sᵀ: [64, block_n], on its way."""
+def unknown_zero(i):
+    """0 for the i-th tile (i ≥ 0), but the compiler cannot know. Added to the index of a buffer
+    that is the same for all tiles, it keeps that buffer's addresses, two registers for each
+    wgmma, from being worked out before the loop and being kept: that would spill others."""
+    return i >> 30
+
+
+@gluon.jit
+def begin_scores(G: gl.constexpr, ring, i, HOW: gl.constexpr):
+    """Sᵀ of the i-th tile: [64, block_n], on its way."""
     M: gl.constexpr = HOW.block_n
     zero = gl.zeros([ROWS, M], gl.float32, in_registers(M))
+    at, _ = place(i, 2 * HOW.stages)
     qt = matrix(ring.q.index(at)).permute((1, 0))
-    return hw.warpgroup_mma(matrix(ring.k.index(G)), qt, zero, use_acc=False, is_async=True)
+    kt = matrix(ring.k.index(G + unknown_zero(i)))
+    return hw.warpgroup_mma(kt, qt, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def begin_dq(G: gl.constexpr, ring, i, HOW: gl.constexpr):
-    """This group's part of dS k: [64, 64], on its way. Of 64 queries half of the channels, of
-    128 queries half."""
+    """This group's part of dS k for the i-th tile: [64, 64], on its way. Of 64 queries half of
+    the channels, of 128 queries half."""
     COLS: gl.constexpr = 64
     dq = gl.zeros([ROWS, COLS], gl.float32, in_registers(COLS))
     for w in gl.static_range(2):
         ds = ring.ds.index(2 * (i & 1) + w)
-        kt = matrix(ring.k.index(w))
+        kt = matrix(ring.k.index(w + unknown_zero(i + 2)))
         if HOW.block_d == 128:
             kt = kt.slice(COLS * G, COLS, dim=1)
         else:
@@ -84,9 +95,11 @@ def gather(G: gl.constexpr, ring, dq_sum, task, qk_scale, HOW: gl.constexpr):
     dv = gl.zeros([ROWS, D], gl.float32, in_registers(D))
     zero = gl.zeros([ROWS, M], gl.float32, in_registers(M))
     vt = matrix(ring.v.index(G))
-    mbarrier.wait(ring.keys_full.index(0), 0)
+    mbarrier.wait(ring.k_full.index(0), 0)
     mbarrier.wait(ring.q_full.index(0), 0)
     st = hw.warpgroup_mma_wait(0, [begin_scores(G, ring, 0, HOW)])
+    mbarrier.wait(ring.v_full.index(0), 0)
+    own_dq = dq_sum + (G - 2) * (SCRATCH // 2)  # of the tile before
     for i in range(task.tiles):
         at, phase = place(i, HOW.stages)  # of g
         now, _ = place(i, 2 * HOW.stages)  # of q
@@ -108,57 +121,57 @@ def gather(G: gl.constexpr, ring, dq_sum, task, qk_scale, HOW: gl.constexpr):
         mbarrier.wait(ring.ds_free.index(i & 1), turned)
         ring.ds.index(2 * (i & 1) + G).store(dst)
         hw.fence_async_shared()
-        mbarrier.arrive(ring.ds_full.index(i & 1))
-        # dq of the tile before; in the first round of nothing, whatever is in the buffer.
-        mbarrier.wait(ring.ds_full.index((i - 1) & 1), turned)
+        # dq of the tile before, whose dS both groups stored before they freed this one's
+        # buffer; in the first round of nothing, whatever is in the buffer.
         dq = begin_dq(G, ring, i - 1, HOW)
         dk = hw.warpgroup_mma(as_operand(dst, dk, ring.q.dtype), qt, dk, is_async=True)
         dv, dq = hw.warpgroup_mma_wait(1, [dv, dq])
         mbarrier.arrive(ring.g_free.index(at))
         mbarrier.arrive(ring.ds_free.index((i - 1) & 1))
         if i > 0:
-            add_to_dq(dq_sum + (2 * (i - 1) + G).to(gl.int64) * (SCRATCH // 2), dq)
+            add_to_dq(own_dq, dq)
+        own_dq += SCRATCH
         mbarrier.wait(ring.q_full.index(after), phase_after)
-        st = begin_scores(G, ring, after, HOW)
+        st = begin_scores(G, ring, i + 1, HOW)
         dk, st = hw.warpgroup_mma_wait(0, [dk, st])
         mbarrier.arrive(ring.q_free.index(now))
-    last = task.tiles - 1
-    if last >= 0:
-        mbarrier.wait(ring.ds_full.index(last & 1), (last // 2) & 1)
-        dq = hw.warpgroup_mma_wait(0, [begin_dq(G, ring, last, HOW)])
-        add_to_dq(dq_sum + (2 * last + G).to(gl.int64) * (SCRATCH // 2), dq)
     return dk, dv
 
 
 @gluon.jit
-def store_keys(G: gl.constexpr, dst, tile, factor, task, HOW: gl.constexpr):
-    """factor·tile, or zeros for a factor of 0, as in `backward.store_rows`."""
-    D: gl.constexpr = HOW.head_dim
-    layout: gl.constexpr = tile.type.layout
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    d = gl.arange(0, HOW.block_d, gl.SliceLayout(0, layout))[None, :]
-    first = task.row + ROWS * G
-    own = dst + ((task.sample.to(gl.int64) * task.kv_len + first) * task.heads + task.head) * D
-    own = own + rows.to(gl.int64) * (task.heads * D) + d
+def store_keys(G: gl.constexpr, to, tile, factor, task, buffer):
+    """factor·tile, or zeros for a factor of 0, as in `backward.store_rows`: into a buffer, from
+    where the copy engine fetches it."""
     tile = gl.where(factor == 0.0, 0.0, tile * factor)
-    inside = (rows < task.kv_len - first) & (d < D)
-    gl.store(own, tile.to(dst.dtype.element_ty), mask=inside)
+    matrix(buffer).store(tile.to(buffer.dtype))
+    hw.fence_async_shared()
+    here = [task.sample, task.head, task.row + ROWS * G, 0]
+    tma.async_copy_shared_to_global(to, here, buffer)
 
 
 @gluon.jit
 def consume(G: gl.constexpr, work, HOW: gl.constexpr):
-    ring, dq_sum, task, dk_out, dv_out, c_out, scale, qk_scale = work
+    ring, dq_sum, task, to_dk, to_dv, c_out, scale, qk_scale = work
     dk, dv = gather(G, ring, dq_sum, task, qk_scale, HOW)
+    mbarrier.arrive(ring.last.index(0))
     c = load_coefficient(c_out, task.sample, HOW.per_sample)
-    store_keys(G, dv_out, dv, c, task, HOW)
-    store_keys(G, dk_out, dk, c * scale, task, HOW)
+    store_keys(G, to_dv, dv, c, task, ring.v.index(G))  # which this group alone has read
+    mbarrier.wait(ring.last.index(0), 0)
+    last = task.tiles - 1
+    if last >= 0:
+        dq = hw.warpgroup_mma_wait(0, [begin_dq(G, ring, last, HOW)])
+        add_to_dq(dq_sum + (2 * last + G).to(gl.int64) * (SCRATCH // 2), dq)
+    mbarrier.arrive(ring.last.index(0))
+    mbarrier.wait(ring.last.index(0), 1)  # neither reads k any more
+    store_keys(G, to_dk, dk, c * scale, task, ring.k.index(G))
+    tma.store_wait(0)
 
 
 @gluon.jit
-def hopper_backward_kernel(q, k, v, g, dq_sum, dk, dv, lse, delta, c_out, scale, qk_scale,
+def hopper_backward_kernel(q, k, v, g, dk, dv, dq_sum, lse, delta, c_out, scale, qk_scale,
                            heads, q_len, kv_len, HOW: gl.constexpr):  # fmt: skip
-    """q, k, v, g: descriptors of [B, H, N, D]. dq_sum: zeros. HOW: a TeamVariant, whose block_n
-    is a tile of queries."""
+    """q, k, v, g, dk, dv: descriptors of [B, H, N, D]. dq_sum: zeros. HOW: a TeamVariant, whose
+    block_n is a tile of queries."""
     M: gl.constexpr = HOW.block_n
     ring = new_ring(q, k, v, g, HOW)
     blocks = gl.cdiv(kv_len, 2 * ROWS)
@@ -201,14 +214,14 @@ def seen(k, v, q_len: int, is_causal: bool) -> tuple[torch.Tensor, torch.Tensor]
     return (k[:, :, :q_len], v[:, :, :q_len]) if is_causal else (k, v)
 
 
-def hopper_plans(q, k, v, g, per_sample: bool, is_causal: bool) -> tuple:
-    """(the two launches for tensors like these, the elements of scratch). g: [B, H, Nq, D].
+def hopper_plans(q, k, v, g, dk, dv, per_sample: bool, is_causal: bool) -> tuple:
+    """(the two launches for tensors like these, the elements of scratch). All [B, H, N, D].
     ValueError as `ring.boxes_of`."""
     many, q_len, kv_len = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     how, tiles = variant(q, kv_len, is_causal, per_sample)
     m = how.block_n
-    read = (q, *seen(k, v, q_len, is_causal), g)
-    boxes = boxes_of(read, (m, 64, 64, m), how.block_d)
+    tensors = (q, *seen(k, v, q_len, is_causal), g, dk, dv)
+    boxes = boxes_of(tensors, (m, 64, 64, m, 64, 64), how.block_d)
     programs, lengths = many * triton.cdiv(kv_len, 2 * ROWS.value), (q.shape[1], q_len, kv_len)
     products = launch.Plan(hopper_backward_kernel, programs, *lengths, HOW=how, boxes=boxes)
     scale = launch.Plan(scale_kernel, many * tiles, q.shape[1], q_len, tiles, HOW=how)
@@ -221,12 +234,13 @@ def hopper_backward(
     """As `backward.attention_backward`."""
     batch, heads, _, head_dim = q.shape
     read = sources(q, k, v, g)
+    dq, dk, dv = (launch.result(t, (batch, t.shape[2], heads, head_dim)) for t in (q, k, v))
+    results = tuple(t.transpose(1, 2) for t in (dq, dk, dv))
     key = launch.key_of("hopper_backward", (*read, lse, delta, c_out), is_causal)
     per_sample = isinstance(c_out, torch.Tensor)
-    plans = launch.planned(key, lambda: hopper_plans(*read, per_sample, is_causal))
+    plans = launch.planned(key, lambda: hopper_plans(*read, *results[1:], per_sample, is_causal))
     products, last, size = plans
     dq_sum = launch.result(q, (size,), torch.float32).zero_()
-    dq, dk, dv = (launch.result(t, (batch, t.shape[2], heads, head_dim)) for t in (q, k, v))
-    products.launch(*read, dq_sum, dk, dv, lse, delta, c_out, scale, scale * LOG2_E)
+    products.launch(*read, dk, dv, dq_sum, lse, delta, c_out, scale, scale * LOG2_E)
     last.launch(dq_sum, dq, c_out, scale)
-    return tuple(t.transpose(1, 2) for t in (dq, dk, dv))
+    return results

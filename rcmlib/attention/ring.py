@@ -86,28 +86,37 @@ def place(n, STAGES: gl.constexpr):
 def own_rounds(source, HOW: gl.constexpr):
     """So many tasks a program works on, one behind the other."""
     programs, own = gl.num_programs(0), gl.program_id(0)
-    if HOW.causal:  # in pairs
-        rounds = 2 * gl.cdiv(gl.cdiv(source.tasks, 2) - own, programs)
+    if HOW.causal:  # in pairs; of an odd number the middle one is alone, and the last
+        pairs = gl.cdiv(source.tasks, 2)
+        alone = (source.tasks % 2 == 1) & ((pairs - 1 - own) % programs == 0)
+        rounds = 2 * gl.cdiv(pairs - own, programs) - alone.to(gl.int32)
     else:
         rounds = gl.cdiv(source.tasks - own, programs)
     return rounds
 
 
 @gluon.jit
+def own_index(r, source, HOW: gl.constexpr):
+    """Of the r-th task among all. Causal: one from their front, and one as far from their end,
+    which together have as many tiles as any other two."""
+    index = gl.program_id(0) + r * gl.num_programs(0)
+    if HOW.causal:
+        index = gl.program_id(0) + r // 2 * gl.num_programs(0)
+        index = gl.where(r % 2 == 0, index, source.tasks - 1 - index)
+    return index
+
+
+@gluon.jit
 def own_task(r, source, HOW: gl.constexpr):
-    """The r-th. Causal: a task from the front of all, and one as far from their end, which
-    together have as many tiles as any other two."""
+    """The r-th."""
     BLOCK: gl.constexpr = ROWS * HOW.groups
     N: gl.constexpr = HOW.block_n
     kv_len = source.kv_len
     blocks = gl.cdiv(source.q_len, BLOCK)
+    index = own_index(r, source, HOW)
+    block = index % blocks
     if HOW.causal:
-        index = gl.program_id(0) + r // 2 * gl.num_programs(0)
-        index = gl.where(r % 2 == 0, index, source.tasks - 1 - index)
-        block = blocks - 1 - index % blocks  # long ones first
-    else:
-        index = gl.program_id(0) + r * gl.num_programs(0)
-        block = index % blocks
+        block = blocks - 1 - block  # long ones first
     row = block * BLOCK
     whole, stop = kv_len // N, kv_len
     if HOW.causal:

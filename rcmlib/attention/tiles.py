@@ -108,11 +108,12 @@ def hopper_gradients(
     """Does Hopper's own kernel compute the gradients?
 
     Where each of so many SMs gets 128 keys, and lengths are such that a head's dq, padded to
-    128 queries and 64 or 128 channels, is not much larger than it would be.
+    128 queries and 64 or 128 channels, is not much larger than it would be. The copy engine
+    has to be able to address dk and dv, too: D in multiples of 8.
     shape, sms: as for `choose_team`; with None it computes whatever it can.
     """
     heads, q_len, kv_len, head_dim = shape
-    if capability[0] != 9 or dtype == torch.float32 or head_dim > 128:
+    if capability[0] != 9 or dtype == torch.float32 or head_dim > 128 or head_dim % 8 != 0:
         return False
     enough = heads * triton.cdiv(kv_len, 128) >= (sms or 0)
     return sms is None or (enough and min(q_len, kv_len) >= LONG)
