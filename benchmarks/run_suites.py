@@ -15,8 +15,9 @@ Without a NAME all of them. Each is one record: quick, seed, video, wan, scaling
 (all implementations side by side), layers (whole modules), launch (the host time of a call);
 ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention, tiles and one_over_n
 (chapter 6), gradients (chapter 8), projection, modules and blocks (chapter 9), sage_quantize,
-sage, sage_crossover and sage_accuracy (chapters 10 to 12). `sageattention==1.0.6` is timed too
-where it is installed.
+sage, sage_crossover and sage_accuracy (chapters 10 to 12); ladder (from chapter 5's kernel to
+chapter 7's, in steps) and timeline (when the warps of one SM do what), not yet in the book.
+`sageattention==1.0.6` is timed too where it is installed.
 
 Every implementation of the skip is checked first, on the very inputs it is timed on, and
 refused a time if it is wrong; the record's method says against what. One that is not supported

@@ -521,7 +521,7 @@ def run(team, q, k, v, x, c_skip, c_out, scale, is_causal, programs=None, seed=0
         machine = Machine(FORWARD, program, programs, seed + program)
         machine.functions["hopper_attention_kernel"](
             *described, Pointer(out), Pointer(f), Pointer(lse), c_skip, c_out,
-            float(scale * LOG2_E), *numbers, how,
+            float(scale * LOG2_E), *numbers, None, how,
         )  # fmt: skip
     tokens = (batch, q_len, heads * dim)
     found = (out.reshape(tokens), f.reshape(tokens), lse.reshape(batch, heads, q_len))

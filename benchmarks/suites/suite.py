@@ -7,7 +7,7 @@ from rcmlib.measure.benchmark import benchmark_shape
 from rcmlib.measure.implementations import installed
 
 TIMING = (
-    "CUDA events around one call, L2 overwritten before each (256 MiB written), the queue "
+    "CUDA events around one call, L2 filled before each (256 MiB read), the queue "
     "kept full; implementations interleaved in rounds of shuffled order; 60 samples, fewer "
     "(5 at least) where they would take more than a second; median, 10th and 90th percentile."
 )

@@ -27,6 +27,7 @@ GRADIENTS = {  # (B, H, N, D)
     "D128_N2048": (4, 16, 2048, 128),
     "D128_N4096": (2, 16, 4096, 128),
     "D128_N8192": (2, 16, 8192, 128),
+    "D128_N32768": (1, 12, 32768, 128),
 }
 # triton_skip is our own kernels in two passes: what sets it apart from fused is fusion.
 TRAINED = (
@@ -43,7 +44,7 @@ def training_step(label: str, inputs: Inputs, g: Tensor) -> Callable[[], tuple]:
 
 def parts(inputs, g: Tensor) -> dict[str, Callable[[], object]]:
     """The launches of the fused layer alone, as `rcmlib.attention` makes them."""
-    from rcmlib.attention.backward import backward_launches
+    from rcmlib.attention.backward import attention_backward, backward_launches
     from rcmlib.attention.forward import attention_forward
     from rcmlib.skip.kernel import skip_backward
 
@@ -54,12 +55,14 @@ def parts(inputs, g: Tensor) -> dict[str, Callable[[], object]]:
         skip_backward, g, None, f, c_skip, c_out, q.shape[-1], x.dtype, None
     )
     delta = one_pass()[3]
-    dkdv, dq = backward_launches(g, q, k, v, lse, delta, c_out, scale, False)[1]
+    arguments = (g, q, k, v, lse, delta, c_out, scale, False)
+    dkdv, dq = backward_launches(*arguments)[1]
     return {
         "fused_forward": partial(rcmlib.rcm_attention, *inputs),
         "fused_saving": partial(attention_forward, *inputs, scale, False, True),
         "triton": partial(attention, q, k, v),
         "delta": one_pass,
+        "backward": partial(attention_backward, *arguments),
         "dkdv": dkdv,
         "dq": dq,
     }
@@ -97,7 +100,7 @@ SUITES = {
         "the parts of the fused one.",
         f"{INPUTS} Whole steps are replayed from a CUDA graph. Gradients of the first head "
         "checked against float64 first. peak_bytes: the most memory that a step holds, "
-        "above its inputs.",
+        "above its inputs. backward: as the layer does it; dkdv and dq: the two walks.",
         gradients_case,
         [(name,) for name in GRADIENTS],
     )

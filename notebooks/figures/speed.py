@@ -66,12 +66,12 @@ def one_sample():
     """A drawing: how one time is taken, Python's line above, the GPU's below."""
     fig, ax = new_figure(7.6, 2.7)
     python = (
-        (0.0, 0.9, "zero\nL2", "neutral"), (1.0, 0.9, "sleep", "neutral"),
+        (0.0, 0.9, "fill\nL2", "neutral"), (1.0, 0.9, "sleep", "neutral"),
         (2.0, 0.9, "start", "reference"), (3.0, 2.0, "call", "out"),
         (5.1, 0.9, "stop", "reference"),
     )  # fmt: skip
     gpu = (
-        (0.6, 2.4, "overwrite L2", "neutral"), (3.0, 4.2, "wait", "idle"),
+        (0.6, 2.4, "fill L2", "neutral"), (3.0, 4.2, "wait", "idle"),
         (7.35, 4.0, "kernel", "out"),
     )  # fmt: skip
     colours = PALETTE | {"idle": "#E9ECEF"}

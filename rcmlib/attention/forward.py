@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from rcmlib import core
+from rcmlib.attention.stamps import stamp
 from rcmlib.attention.tiles import LOG2_E, SHORT, choose_team, choose_tile, few_rows
 from rcmlib.core import launch
 from rcmlib.core.epilogue import load_coefficient, skip_epilogue
@@ -76,7 +77,7 @@ def softmax_step(s, sums, qk_scale, j, first_row, kv_len, HOW: tl.constexpr,
 
 
 @triton.jit
-def attend(upper, lower, qt, qt_lower, keys, values, at, start, stop, qk_scale,
+def attend(upper, lower, qt, qt_lower, keys, values, at, start, stop, qk_scale, stamps,
            HOW: tl.constexpr, MASK: tl.constexpr, FIXED: tl.constexpr):  # fmt: skip
     """One softmax step for each key tile in [start, stop).
 
@@ -86,18 +87,22 @@ def attend(upper, lower, qt, qt_lower, keys, values, at, start, stop, qk_scale,
     N: tl.constexpr = HOW.block_n
     PRECISION: tl.constexpr = HOW.precision
     for j in tl.range(start, stop, N):
+        stamp(stamps, 0, j // N, "begins")
         kt = load_rows(keys, at, j, N, HOW, MASK)  # [N, block_d]
         s = tl.dot(qt, kt.T, input_precision=PRECISION)  # [M, N]
         if HOW.two:
             s_lower = tl.dot(qt_lower, kt.T, input_precision=PRECISION)
+        stamp(stamps, 0, j // N, "scores")
         p, upper = softmax_step(s, upper, qk_scale, j, at.row, keys.length, HOW, MASK,
                                 FIXED)  # fmt: skip
+        stamp(stamps, 0, j // N, "weights")
         vt = load_rows(values, at, j, N, HOW, MASK)  # [N, block_d]
         acc = tl.dot(p.to(vt.dtype), vt, upper.acc, input_precision=PRECISION)
         upper = Sums(acc, upper.m, upper.l)
         if HOW.two:  # while the tensor core does that product, the other block's softmax
             p, lower = softmax_step(s_lower, lower, qk_scale, j, at.row + M, keys.length,
                                     HOW, MASK, FIXED)  # fmt: skip
+            stamp(stamps, 1, j // N, "weights")
             acc = tl.dot(p.to(vt.dtype), vt, lower.acc, input_precision=PRECISION)
             lower = Sums(acc, lower.m, lower.l)
     return upper, lower
@@ -166,8 +171,9 @@ def load_residual(to, at, channel, M: tl.constexpr, COLS: tl.constexpr, HOW: tl.
 
 @triton.jit
 def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
-                     heads, q_len, kv_len, strides, HOW: tl.constexpr):  # fmt: skip
-    """strides: q's, k's, v's (samples, heads, rows), x's (samples, tokens). HOW: a Variant."""
+                     heads, q_len, kv_len, strides, stamps, HOW: tl.constexpr):  # fmt: skip
+    """strides: q's, k's, v's (samples, heads, rows), x's (samples, tokens). stamps: None, or
+    see `stamps.py`. HOW: a Variant."""
     M: tl.constexpr = HOW.block_m
     BLOCK_D: tl.constexpr = HOW.block_d
     ROWS: tl.constexpr = 2 * M if HOW.two else M
@@ -176,6 +182,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
     to = Results(x, strides[3], c_skip, c_out, out, saved_f, lse, heads, q_len)
     at = own_rows(heads, q_len, ROWS, HOW.causal)
     below = Place(at.sample, at.head, at.row + M)
+    stamp(stamps, 0, 0, "sm")
     qt = load_rows(queries, at, at.row, M, HOW, True)  # [M, block_d]
     qt_lower = qt
     if HOW.two:
@@ -197,9 +204,9 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
         whole = tl.minimum(whole, (stop - N // 2) // N * N)
     if HOW.fixed or EDGE:
         upper, lower = attend(upper, lower, qt, qt_lower, keys, values, at, whole, stop,
-                              qk_scale, HOW, EDGE, False)  # fmt: skip
+                              qk_scale, stamps, HOW, EDGE, False)  # fmt: skip
     upper, lower = attend(upper, lower, qt, qt_lower, keys, values, at, 0, whole,
-                          qk_scale, HOW, False, HOW.fixed)  # fmt: skip
+                          qk_scale, stamps, HOW, False, HOW.fixed)  # fmt: skip
     if HOW.fixed:
         again = overflowed(upper)
         if HOW.two:
@@ -208,7 +215,7 @@ def attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
             # Scores some 80 above that maximum (2¹²⁰ = e⁸³), or something not finite.
             none = no_sums(M, BLOCK_D)
             upper, lower = attend(none, none, qt, qt_lower, keys, values, at, 0, stop,
-                                  qk_scale, HOW, EDGE, False)  # fmt: skip
+                                  qk_scale, stamps, HOW, EDGE, False)  # fmt: skip
     finish_rows(upper, xt, to, at, HOW)
     if HOW.two:
         finish_rows(lower, None, to, below, HOW)
@@ -249,7 +256,7 @@ def attention_plan(
     strides = (*(t.stride()[:3] for t in (q, k, v)), x_strides)
     return launch.Plan(
         attention_kernel, batch * heads * triton.cdiv(q_len, m << tile.two),
-        heads, q_len, kv_len, strides, HOW=how,
+        heads, q_len, kv_len, strides, HOW=how, stamps=None,
         boxes=launch.boxes_of_rows((q, k, v), (m, n, n), block_d) if tma else (),
     )  # fmt: skip
 

@@ -42,6 +42,7 @@ from rcmlib.attention.ring import (
     own_task,
     place,
     produce,
+    stamp,
     tile_of,
 )  # fmt: skip
 from rcmlib.core import epilogue, launch
@@ -62,26 +63,33 @@ def begin_scores(G: gl.constexpr, ring, at, HOW: gl.constexpr):
 
 
 @gluon.jit
-def consume_tile(G: gl.constexpr, ring, task, done, m, l, acc, p, n, qk_scale,
+def consume_tile(G: gl.constexpr, source, ring, task, done, m, l, acc, p, n, qk_scale,
                  HOW: gl.constexpr, MASK: gl.constexpr, FIXED: gl.constexpr):  # fmt: skip
     """q kᵀ of the program's n-th tile, and behind it acc += p v of the one before while this
     one's scores become weights. So acc lacks the last p v. done: tiles of earlier tasks."""
     at, phase = place(n, HOW.stages)
     before, phase_before = place(n - 1, HOW.stages)
+    stamp(source.stamps, G, n, "begins")
     if HOW.turns:
         mbarrier.wait(ring.turn.index(G), n & 1)
+    stamp(source.stamps, G, n, "turn")
     mbarrier.wait(ring.k_full.index(at), phase)
+    stamp(source.stamps, G, n, "k here")
     s = begin_scores(G, ring, at, HOW)
     mbarrier.wait(ring.v_full.index(before), phase_before)
     acc = hw.warpgroup_mma(p, matrix(ring.v.index(before)), acc, is_async=True)
+    stamp(source.stamps, G, n, "asked")
     if HOW.turns:
         mbarrier.arrive(ring.turn.index((G + 1) % HOW.groups))
     s = hw.warpgroup_mma_wait(1, [s])
+    stamp(source.stamps, G, n, "scores")
     mbarrier.arrive(ring.k_free.index(at))
     if MASK:
         s = hide(s, G, n - done, task, HOW)
     w, m, l, alpha = weigh(s, m, l, qk_scale, FIXED)
+    stamp(source.stamps, G, n, "weights")
     acc = hw.warpgroup_mma_wait(0, [acc])
+    stamp(source.stamps, G, n, "p v done")
     if not FIXED:
         acc = rescale(acc, alpha)
     mbarrier.arrive(ring.v_free.index(before))
@@ -183,15 +191,15 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
         masked, end = done + tiles - task.whole, done + tiles
         if HOW.fixed or EDGE:
             for n in range(done + 1, masked):
-                m, l, acc, p = consume_tile(G, ring, task, done, m, l, acc, p, n, qk_scale, HOW,
-                                            EDGE, False)  # fmt: skip
+                m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, n,
+                                            qk_scale, HOW, EDGE, False)  # fmt: skip
         if masked < end:
             # One by itself: p from two loops would be unpacked and packed in each iteration.
-            m, l, acc, p = consume_tile(G, ring, task, done, m, l, acc, p, masked, qk_scale,
-                                        HOW, False, HOW.fixed)  # fmt: skip
+            m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, masked,
+                                        qk_scale, HOW, False, HOW.fixed)  # fmt: skip
             for n in range(masked + 1, end):
-                m, l, acc, p = consume_tile(G, ring, task, done, m, l, acc, p, n, qk_scale, HOW,
-                                            False, HOW.fixed)  # fmt: skip
+                m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, n,
+                                            qk_scale, HOW, False, HOW.fixed)  # fmt: skip
         mbarrier.arrive(ring.q_free.index(0))
         done = end
         at, phase = place(done - 1, HOW.stages)
@@ -236,12 +244,12 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
 
 
 @gluon.jit
-def hopper_attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale,
-                            tasks, heads, q_len, kv_len, HOW: gl.constexpr):  # fmt: skip
-    """q, k, v, x: descriptors of [B, H, N, D]. tasks: of 64·groups queries. HOW: a
-    TeamVariant."""
+def hopper_attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale, tasks,
+                            heads, q_len, kv_len, stamps, HOW: gl.constexpr):  # fmt: skip
+    """q, k, v, x: descriptors of [B, H, N, D]. tasks: of 64·groups queries. stamps: see
+    `stamps.py`, or None. HOW: a TeamVariant."""
     GROUPS: gl.constexpr = HOW.groups
-    source = Source(q, k, v, x, tasks, heads, q_len, kv_len)
+    source = Source(q, k, v, x, tasks, heads, q_len, kv_len, stamps)
     ring = new_ring(source, HOW)
     to = Results(x, None, c_skip, c_out, out, saved_f, lse, heads, q_len)
     work = (source, ring, to, qk_scale)
@@ -281,4 +289,4 @@ def hopper_plan(
     programs = min(rounds, core.multiprocessors(q.device) or rounds)
     programs = max(programs, triton.cdiv(rounds, MOST_ROUNDS // each))
     return launch.Plan(hopper_attention_kernel, programs, tasks, heads, q_len, kv_len,
-                       HOW=how, boxes=boxes)  # fmt: skip
+                       HOW=how, stamps=None, boxes=boxes)  # fmt: skip

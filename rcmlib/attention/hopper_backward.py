@@ -238,7 +238,9 @@ def hopper_backward(
     results = tuple(t.transpose(1, 2) for t in (dq, dk, dv))
     key = launch.key_of("hopper_backward", (*read, lse, delta, c_out), is_causal)
     per_sample = isinstance(c_out, torch.Tensor)
-    plans = launch.planned(key, lambda: hopper_plans(*read, *results[1:], per_sample, is_causal))
+    plans = launch.planned(
+        key, lambda: hopper_plans(*read, *results[1:], per_sample, is_causal)
+    )
     products, last, size = plans
     dq_sum = launch.result(q, (size,), torch.float32).zero_()
     products.launch(*read, dk, dv, dq_sum, lse, delta, c_out, scale, scale * LOG2_E)

@@ -16,11 +16,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from rcmlib.attention import stamps
+from rcmlib.attention.stamps import PRODUCER
 from rcmlib.core import launch
 
 ROWS = gl.constexpr(64)  # of a group: one wgmma's
 SMEM = gl.shared_memory_descriptor
 GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+stamp = gluon.jit(stamps.stamp.fn)
 
 
 class Ring(NamedTuple):
@@ -55,6 +58,7 @@ class Source(NamedTuple):
     heads: gl.tensor
     q_len: gl.tensor
     kv_len: gl.tensor
+    stamps: gl.tensor  # None, unless somebody asks when (stamps.py)
 
 
 class Task(NamedTuple):
@@ -159,12 +163,17 @@ def produce(source, ring, HOW: gl.constexpr):
             at, phase = place(done + i, HOW.stages)
             turned = phase ^ 1
             row = tile_of(i, task) * HOW.block_n
+            stamp(source.stamps, PRODUCER, done + i, "begins")
             mbarrier.wait(ring.k_free.index(at), turned)
+            stamp(source.stamps, PRODUCER, done + i, "k free")
             mbarrier.expect(ring.k_full.index(at), BYTES)
             copy_rows(source.k, task, row, ring.k_full.index(at), ring.k.index(at))
+            stamp(source.stamps, PRODUCER, done + i, "k asked")
             mbarrier.wait(ring.v_free.index(at), turned)
+            stamp(source.stamps, PRODUCER, done + i, "v free")
             mbarrier.expect(ring.v_full.index(at), BYTES)
             copy_rows(source.v, task, row, ring.v_full.index(at), ring.v.index(at))
+            stamp(source.stamps, PRODUCER, done + i, "v asked")
         done += task.tiles
         if source.x is not None:  # behind the keys: it is the last that they wait for
             mbarrier.wait(ring.x_free.index(0), (r & 1) ^ 1)
@@ -203,6 +212,7 @@ def new_ring(source, HOW: gl.constexpr):
         barriers(2 * GROUPS, 1), barriers(GROUPS, 1),
     )  # fmt: skip
     hw.fence_async_shared()
+    stamp(source.stamps, 0, 0, "sm")
     if HOW.turns:
         mbarrier.arrive(ring.turn.index(0))
     return ring

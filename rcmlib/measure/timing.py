@@ -14,7 +14,7 @@ import torch
 # Long enough for Python to queue the slowest launch path (the eight kernels of an 8-bit call,
 # 0.5 ms on a slow host) while the GPU waits: times are the GPU's, not the interpreter's.
 QUEUE_CYCLES = 5_400_000  # about 3 ms
-OVERHEAD_MS = 3.1  # what a sample costs beside the call: that wait, and the write to L2
+OVERHEAD_MS = 3.1  # what a sample costs beside the call: that wait, and the sweep through L2
 L2_BYTES = 256 << 20  # larger than any GPU's L2
 BUDGET_MS = 1000.0
 LEAST_SAMPLES = 5
@@ -36,14 +36,14 @@ class Clock:
 
     def __init__(self):
         need_a_gpu()
-        self._cache = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+        self._others = torch.zeros(L2_BYTES // 4, device="cuda")
 
     def samples(self, fn: Callable[[], object], repeats: int) -> list[float]:
-        """Milliseconds of each of `repeats` calls, L2 overwritten before each."""
+        """Milliseconds of each of `repeats` calls, L2 full of other data before each."""
         events = []
         for _ in range(repeats):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._cache.zero_()
+            self._others.sum()  # a read leaves nothing that the call has to write out
             torch.cuda._sleep(QUEUE_CYCLES)
             start.record()
             fn()
@@ -60,7 +60,7 @@ def compare(
     """Times several functions in turn, `rounds` times, each round in another order.
 
     A GPU under load lowers its clock: in a fixed order, the last function would pay for it.
-    Before each call L2 is overwritten, as in a model where other layers ran in between.
+    Before each call L2 is filled with other data, as by the layers of a model in between.
     rounds × repeats samples a function, fewer where they would take longer than budget_ms.
     A function that raises is named in `failed`, and the others go on; without `failed` the
     error is raised. RuntimeError without a CUDA device.
