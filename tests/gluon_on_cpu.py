@@ -408,6 +408,7 @@ class Machine:
             where=array(np.where), maximum=array(np.maximum), minimum=array(np.minimum),
             exp2=array(np.exp2), log2=array(np.log2), abs=array(np.abs),
             max=reduced(np.max), min=reduced(np.min), sum=reduced(np.sum),
+            reduce_or=reduced(np.bitwise_or.reduce),
             convert_layout=lambda t, layout: t, allocate_shared_memory=allocate,
             SliceLayout=nothing, DotOperandLayout=nothing, warp_specialize=specialize,
             inline_asm_elementwise=add_to_memory, SwizzledSharedLayout=nothing,

@@ -134,7 +134,7 @@ def consume_again(G: gl.constexpr, r, source, ring, copied, tiles, qk_scale,
 
 
 @gluon.jit
-def finish(G: gl.constexpr, m, l, acc, xt, task, to, HOW: gl.constexpr):
+def finish(G: gl.constexpr, m, l, acc, xt, c_skip, c_out, task, to, HOW: gl.constexpr):
     """The epilogue of a group: f = acc / l, the skip with the tile xt, the stores."""
     D: gl.constexpr = HOW.head_dim
     layout: gl.constexpr = acc.type.layout
@@ -151,9 +151,7 @@ def finish(G: gl.constexpr, m, l, acc, xt, task, to, HOW: gl.constexpr):
     if to.saved_f is not None:
         gl.store(to.saved_f + start + tile, f.to(to.saved_f.dtype.element_ty), mask=inside)
     if xt is not None:
-        f = skip_epilogue(xt.to(gl.float32), f,
-                          load_coefficient(to.c_skip, task.sample, HOW.per_sample),
-                          load_coefficient(to.c_out, task.sample, HOW.per_sample))  # fmt: skip
+        f = skip_epilogue(xt.to(gl.float32), f, c_skip, c_out)
     gl.store(to.out + start + tile, f.to(to.out.dtype.element_ty), mask=inside)
     if to.lse is not None:  # in units of log2, as m
         layout_m: gl.constexpr = m.type.layout
@@ -168,7 +166,8 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
     source, ring, to, qk_scale = work
     EDGE: gl.constexpr = HOW.ragged or HOW.causal
     rounds = own_rounds(source, HOW)
-    done, again = 0, 0
+    done = 0
+    again = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, in_registers(HOW.block_d)))
     for r in range(rounds):
         task = own_task(r, source, HOW)
         tiles = task.tiles
@@ -205,22 +204,25 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
         at, phase = place(done - 1, HOW.stages)
         mbarrier.wait(ring.v_full.index(at), phase)
         acc = hw.warpgroup_mma(p, matrix(ring.v.index(at)), acc, is_async=True)
-        acc = hw.warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(ring.v_free.index(at))
-        if HOW.fixed:
-            again |= overflowed(acc, l) << r
-        xt = None
-        if to.x is not None:
+        xt, c_skip, c_out = None, None, None
+        if to.x is not None:  # while the last product runs
+            c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
+            c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
             mbarrier.wait(ring.x_full.index(0), r & 1)
-            xt = matrix(ring.x.index(G)).load(acc.type.layout)
+            xt = matrix(ring.x.index(G)).load(in_registers(HOW.block_d))
             # A barrier of threads does not wait for loads that are under way, and the copy
             # engine does not queue behind them: without the fence it may overwrite x first.
             hw.fence_async_shared()
             mbarrier.arrive(ring.x_free.index(0))
-        finish(G, m, l, acc, xt, task, to, HOW)
+        acc = hw.warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(ring.v_free.index(at))
+        if HOW.fixed:
+            again |= overflowed(acc, l) << r
+        finish(G, m, l, acc, xt, c_skip, c_out, task, to, HOW)
 
     if HOW.fixed:
         mbarrier.arrive(ring.done.index(0))
+        again = gl.reduce_or(again, 0)
         if again != 0:
             mbarrier.wait(ring.done.index(0), 0)
             if G > 0:
@@ -230,11 +232,13 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
                 if (again >> r) & 1 != 0:
                     task, m, l, acc = consume_again(G, r, source, ring, copied, tiles, qk_scale,
                                                     HOW)  # fmt: skip
-                    xt = None
+                    xt, c_skip, c_out = None, None, None
                     if to.x is not None:
+                        c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
+                        c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
                         xt = matrix(ring.x.index(G)).load(acc.type.layout)
                         hw.fence_async_shared()
-                    finish(G, m, l, acc, xt, task, to, HOW)
+                    finish(G, m, l, acc, xt, c_skip, c_out, task, to, HOW)
                     copied += 1
                     tiles += task.tiles
         if HOW.groups > G + 1:  # pass the ring on, once it has come here
@@ -286,7 +290,8 @@ def hopper_plan(
     tasks = batch * heads * triton.cdiv(q_len, m * team.groups)
     each = 2 if is_causal else 1  # tasks a round
     rounds = triton.cdiv(tasks, each)
-    programs = min(rounds, core.multiprocessors(q.device) or rounds)
-    programs = max(programs, triton.cdiv(rounds, MOST_ROUNDS // each))
+    sms = core.multiprocessors(q.device) or rounds
+    turns = triton.cdiv(rounds, sms * (MOST_ROUNDS // each))  # of programs on an SM
+    programs = min(rounds, sms * turns)
     return launch.Plan(hopper_attention_kernel, programs, tasks, heads, q_len, kv_len,
                        HOW=how, stamps=None, boxes=boxes)  # fmt: skip

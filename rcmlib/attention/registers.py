@@ -66,6 +66,7 @@ def no_sums(HOW: gl.constexpr):
 
 @gluon.jit
 def overflowed(acc, l):
-    """1 where a weight made one of these sums too large for float32, or not a number, or 0."""
-    fine = gl.min(gl.min((gl.abs(acc) < LIMIT).to(gl.int32), 1), 0)
-    return 1 - gl.minimum(fine, gl.min((gl.sum(l, 1) < LIMIT).to(gl.int32), 0))
+    """A row: 1 where a weight made a sum too large for float32, or not a number; or 0."""
+    fine = gl.min((gl.abs(acc) < LIMIT).to(gl.int32), 1)
+    sums = gl.convert_layout((gl.sum(l, 1) < LIMIT).to(gl.int32), fine.type.layout)
+    return 1 - gl.minimum(fine, sums)
