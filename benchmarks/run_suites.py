@@ -16,7 +16,7 @@ Without a NAME all of them. Each is one record: quick, seed, video, wan, scaling
 ceilings (copy bandwidth, bf16 matrix rate), skip (chapter 4), attention, tiles and one_over_n
 (chapter 6), gradients (chapter 8), projection, modules and blocks (chapter 9), sage_quantize,
 sage, sage_crossover and sage_accuracy (chapters 10 to 12); ladder (from chapter 5's kernel to
-chapter 7's, in steps) and timeline (when the warps of one SM do what), not yet in the book.
+chapter 7's, in steps) and timeline (when the warps of one SM do what; chapter 7).
 `sageattention==1.0.6` is timed too where it is installed.
 
 Every implementation of the skip is checked first, on the very inputs it is timed on, and

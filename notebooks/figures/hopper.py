@@ -224,13 +224,23 @@ def _bar(ax, start, width, y, height, colour, text):
 
 def between_tasks(case):
     """(party, start, stop) from a group's or program's last moment in a task to its first in
-    the next. The last p v, the epilogue, and a group's first tile are in there, unstamped."""
-    return [
-        (party, now["p v done"] if "p v done" in now else now["lower"], after["begins"])
-        for party, tiles in parties(case).items()
-        for now, after in pairwise(tiles)
-        if party != "producer" and after["task"] > now["task"]
-    ]
+    the next. The last p v, the epilogue, and a group's first tile are in there, unstamped.
+
+    start is 0 where the tile before is not in the record, since it began before the window: of
+    a party that begins none in the first eighth of it.
+    """
+    found = []
+    for party, tiles in parties(case).items():
+        if party == "producer":
+            continue
+        if tiles[0]["begins"] > case["window"] // 8:
+            found.append((party, 0, tiles[0]["begins"]))
+        found += [
+            (party, now.get("p v done", now.get("lower")), after["begins"])
+            for now, after in pairwise(tiles)
+            if after["task"] > now["task"]
+        ]
+    return found
 
 
 def union(spans):
@@ -276,9 +286,9 @@ def ladder(cases):
     return fig
 
 
-def one_sm(cases, clocks=9000):
+def one_sm(cases, clocks=20_000):
     """What the parties of an SM do, one panel a case ({title: case}), around the beginning of a
-    task that the record has in the middle of its window."""
+    task that the record has in the middle of its window. Pale: between two tasks."""
     drawn = {title: parties(case) for title, case in cases.items()}
     heights = [len(named) + 1.9 for named in drawn.values()]
     fig, axes = new_figure(7.6, 0.55 * sum(heights) + 0.6, nrows=len(cases), sharex=True,
@@ -294,9 +304,10 @@ def one_sm(cases, clocks=9000):
                 _clipped(ax, rows[party], 0.8, begins - first, ends - first, clocks,
                          DOING[what])  # fmt: skip
         for party, ends, begins in between_tasks(case):
-            left, right = ends - first, begins - first
+            left, right = max(ends - first, 0), min(begins - first, clocks)
+            _clipped(ax, rows[party], 0.8, left, right, clocks, UNSEEN)
             _clipped(ax, 0, 0.4, left, right, clocks, UNSEEN)
-            if left > 0 and right < clocks and right - left > 0.07 * clocks:
+            if right - left > 0.07 * clocks:
                 ax.text((left + right) / 2, rows[party], "a task\nends", ha="center",
                         va="center", fontsize=8)  # fmt: skip
         for begins, ends in under_way(case):
