@@ -54,6 +54,11 @@ def test_a_caller_who_asks_for_few_samples_gets_no_more():
     assert timing.sample_count(500.0, 3) == 3
 
 
+def test_a_caller_who_asks_for_more_samples_gets_them_however_long_they_take():
+    assert timing.sample_count(400, 60, least=40) == 40
+    assert timing.sample_count(0.01, 60, least=40) == 60
+
+
 def test_a_summary_keeps_every_sample_and_stays_between_them():
     times = [1.0, 1.0, 1.000004, 1.2, 9.0]
     summary = timing.summary(times)
@@ -89,7 +94,7 @@ def test_functions_are_timed_in_turn_and_slow_ones_less_often(clock):
 @pytest.mark.parametrize("repeats, shares", [(1, [1] * 6), (2, [2] * 6)])
 def test_samples_are_shared_out_over_the_rounds(repeats, shares, clock, monkeypatch):
     asked = []
-    monkeypatch.setattr(timing, "sample_count", lambda took, most, budget: most - 1)
+    monkeypatch.setattr(timing, "sample_count", lambda took, most, least: most - 1)
 
     def samples(self, fn, count):
         asked.append(count)

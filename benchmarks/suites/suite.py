@@ -9,7 +9,8 @@ from rcmlib.measure.implementations import installed
 TIMING = (
     "CUDA events around one call, L2 filled before each (256 MiB read), the queue "
     "kept full; implementations interleaved in rounds of shuffled order; 60 samples, fewer "
-    "(5 at least) where they would take more than a second; median, 10th and 90th percentile."
+    "(at least 5, in the suite wan 40) where they would take more than a second; median, 10th "
+    "and 90th percentile."
 )
 INPUTS = (
     "bf16, random normal inputs; q, k, v are views of one packed QKV; "

@@ -83,9 +83,9 @@ def check_labels(implementations: Iterable[str] | None) -> list[str]:
 
 def benchmark_shape(
     name: str, shape: tuple[int, int, int, int], labels: Iterable[str],
-    dtype: torch.dtype = torch.bfloat16, seed: int = 0, budget_ms: float = timing.BUDGET_MS,
+    dtype: torch.dtype = torch.bfloat16, seed: int = 0, least: int = timing.LEAST_SAMPLES,
 ) -> dict:  # fmt: skip
-    """A record's case: these implementations at one shape (B, H, N, D)."""
+    """A record's case: these implementations at one shape (B, H, N, D), `least` times each."""
     batch, heads, tokens, dim = shape
     sizes = dict(zip("BHND", shape, strict=True))
     sizes |= {"dtype": str(dtype).removeprefix("torch."), "seed": seed}
@@ -107,7 +107,7 @@ def benchmark_shape(
     runs = {label: run for label, run in runs.items() if run}
     checked = check(name, runs, error, lambda label: IMPLEMENTATIONS[label].bound)
     checked.failed.update(failed)
-    times = timing.compare(checked.runs, budget_ms=budget_ms, failed=checked.failed)
+    times = timing.compare(checked.runs, least=least, failed=checked.failed)
     peaks = {label: timing.peak_bytes(runs[label]) for label in times}
     return case(name, sizes | {"peak_bytes": peaks}, times, checked)
 

@@ -55,13 +55,14 @@ class Clock:
 
 def compare(
     functions: dict[str, Callable[[], object]], rounds: int = 6, repeats: int = 10,
-    budget_ms: float = BUDGET_MS, failed: dict[str, str] | None = None,
+    least: int = LEAST_SAMPLES, failed: dict[str, str] | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Times several functions in turn, `rounds` times, each round in another order.
 
     A GPU under load lowers its clock: in a fixed order, the last function would pay for it.
     Before each call L2 is filled with other data, as by the layers of a model in between.
-    rounds × repeats samples a function, fewer where they would take longer than budget_ms.
+    rounds × repeats samples a function; fewer, but `least`, where they would take more than
+    BUDGET_MS.
     A function that raises is named in `failed`, and the others go on; without `failed` the
     error is raised. RuntimeError without a CUDA device.
     """
@@ -70,7 +71,7 @@ def compare(
     for name, fn in functions.items():
         estimate = attempt(partial(_warm_up, fn, clock), name, failed)
         if estimate is not None:
-            count = sample_count(estimate, rounds * repeats, budget_ms)
+            count = sample_count(estimate, rounds * repeats, least)
             shares[name] = [len(part) for part in np.array_split(range(count), rounds)]
     samples: dict[str, list[float]] = {name: [] for name in shares}
     order = random.Random(0)
@@ -85,10 +86,10 @@ def compare(
     return {name: summary(times) for name, times in samples.items()}
 
 
-def sample_count(estimate_ms: float, most: int, budget_ms: float = BUDGET_MS) -> int:
-    """How many samples of a call of estimate_ms fit in the budget: from 5 to `most`."""
-    fit = int(budget_ms / (estimate_ms + OVERHEAD_MS))
-    return min(most, max(LEAST_SAMPLES, fit))
+def sample_count(estimate_ms: float, most: int, least: int = LEAST_SAMPLES) -> int:
+    """How many samples of a call of estimate_ms fit in BUDGET_MS: from `least` to `most`."""
+    fit = int(BUDGET_MS / (estimate_ms + OVERHEAD_MS))
+    return min(most, max(least, fit))
 
 
 def _warm_up(fn: Callable[[], object], clock: Clock) -> float:
