@@ -61,8 +61,7 @@ def compare(
 
     A GPU under load lowers its clock: in a fixed order, the last function would pay for it.
     Before each call L2 is filled with other data, as by the layers of a model in between.
-    rounds × repeats samples a function; fewer, but `least`, where they would take more than
-    BUDGET_MS.
+    rounds × repeats samples a function; where they take over BUDGET_MS fewer, to `least`.
     A function that raises is named in `failed`, and the others go on; without `failed` the
     error is raised. RuntimeError without a CUDA device.
     """
