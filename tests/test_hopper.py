@@ -508,7 +508,7 @@ def test_keys_that_no_query_sees_may_hold_anything():
             "mbarrier.wait(ring.ds_free.index(i & 1), turned)",
         ),
         ("hopper_backward", "gather", "mbarrier.wait(ring.v_full.index(0), 0)"),
-        ("hopper_backward", "store_keys", "hw.fence_async_shared()"),
+        ("ring", "store_rows", "hw.fence_async_shared()"),
         ("hopper_backward", "consume", "mbarrier.wait(ring.last.index(0), 0)"),
         ("hopper_backward", "consume", "mbarrier.wait(ring.last.index(0), 1)"),
         ("backward_ring", "produce", "mbarrier.wait(ring.g_free.index(at), phase ^ 1)"),
@@ -546,8 +546,9 @@ def without(missing, module, function, monkeypatch):
     [
         ("ring", "produce", "mbarrier.wait(ring.k_free.index(at), turned)"),
         ("ring", "produce", "mbarrier.expect(ring.v_full.index(at), BYTES)"),
-        ("hopper", "consume", "hw.fence_async_shared()"),
+        ("ring", "store_rows", "hw.fence_async_shared()"),
         ("hopper", "consume", "mbarrier.wait(ring.x_full.index(0), r & 1)"),
+        ("hopper", "finish", "tma.store_wait(0)"),
     ],
 )
 def test_a_line_that_is_missing_is_found_on_a_cpu(
@@ -580,7 +581,7 @@ def test_who_computes():
     assert not choose_team((64, 8192, 500, 128), BF16, (9, 0), False, 132).fixed
     for dim, dtype, capability in (
         (256, BF16, (9, 0)), (128, torch.float32, (9, 0)), (128, BF16, (8, 0)),
-        (128, BF16, (10, 0)), (128, BF16, (12, 0)),
+        (128, BF16, (10, 0)), (128, BF16, (12, 0)), (20, BF16, (9, 0)),
     ):  # fmt: skip
         assert choose_team((*many, dim), dtype, capability, False, 132) is None
 
@@ -602,5 +603,6 @@ def test_who_computes_gradients():
         ((4096, 16, 4096, 64), BF16, hopper, False),  # dq would be padded eightfold
         ((196608, 16, 16, 64), BF16, hopper, False), ((*long, 256), BF16, hopper, False),
         ((*long, 64), torch.float32, hopper, False), ((*long, 64), BF16, (10, 0), False),
+        ((*long, 20), BF16, hopper, False),  # heads of dk do not begin at 16 bytes each
     ):  # fmt: skip
         assert hopper_gradients(shape, dtype, capability, 132) == own

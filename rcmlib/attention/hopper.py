@@ -18,7 +18,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from rcmlib import core
 from rcmlib.attention.forward import Results, sources
@@ -43,6 +43,7 @@ from rcmlib.attention.ring import (
     place,
     produce,
     stamp,
+    store_rows,
     tile_of,
 )  # fmt: skip
 from rcmlib.core import epilogue, launch
@@ -134,30 +135,26 @@ def consume_again(G: gl.constexpr, r, source, ring, copied, tiles, qk_scale,
 
 
 @gluon.jit
-def finish(G: gl.constexpr, m, l, acc, xt, c_skip, c_out, task, to, HOW: gl.constexpr):
+def finish(G: gl.constexpr, m, l, acc, xt, c_skip, c_out, task, to, ring, HOW: gl.constexpr):
     """The epilogue of a group: f = acc / l, the skip with the tile xt, the stores."""
-    D: gl.constexpr = HOW.head_dim
-    layout: gl.constexpr = acc.type.layout
     l = gl.convert_layout(gl.sum(l, 1), m.type.layout)
     f = rescale(acc, 1 / l)
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    d = gl.arange(0, HOW.block_d, gl.SliceLayout(0, layout))[None, :]
-    first = task.row + ROWS * G
-    inside = (rows < to.q_len - first) & (d < D)
-    # In 64 bits up to the first row; within 64 rows of a result 32 will do.
-    sample, first = task.sample.to(gl.int64), first.to(gl.int64)
-    start = (sample * to.q_len + first) * to.heads * D + task.head * D
-    tile = rows * (to.heads * D) + d
+    row = task.row + ROWS * G
+    buffer = ring.x.index(G)  # whose x is in registers by now
     if to.saved_f is not None:
-        gl.store(to.saved_f + start + tile, f.to(to.saved_f.dtype.element_ty), mask=inside)
+        f_layout: gl.constexpr = to.saved_f.layout
+        own = buffer._reinterpret(to.saved_f.dtype, [1, 1, ROWS, HOW.block_d], f_layout)
+        store_rows(f, own, to.saved_f, task, row)
+        tma.store_wait(0)
     if xt is not None:
         f = skip_epilogue(xt.to(gl.float32), f, c_skip, c_out)
-    gl.store(to.out + start + tile, f.to(to.out.dtype.element_ty), mask=inside)
+    store_rows(f, buffer, to.out, task, row)
     if to.lse is not None:  # in units of log2, as m
-        layout_m: gl.constexpr = m.type.layout
-        n = first + gl.arange(0, ROWS, layout_m)
-        own = (sample * to.heads + task.head) * to.q_len + n
+        n = row + gl.arange(0, ROWS, m.type.layout)
+        own = (task.sample.to(gl.int64) * to.heads + task.head) * to.q_len + n
         gl.store(to.lse + own, m + gl.log2(l), mask=n < to.q_len)
+    tma.store_wait(0)
+    mbarrier.arrive(ring.x_free.index(0))
 
 
 @gluon.jit
@@ -210,15 +207,11 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
             c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
             mbarrier.wait(ring.x_full.index(0), r & 1)
             xt = matrix(ring.x.index(G)).load(in_registers(HOW.block_d))
-            # A barrier of threads does not wait for loads that are under way, and the copy
-            # engine does not queue behind them: without the fence it may overwrite x first.
-            hw.fence_async_shared()
-            mbarrier.arrive(ring.x_free.index(0))
         acc = hw.warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(ring.v_free.index(at))
         if HOW.fixed:
             again |= overflowed(acc, l) << r
-        finish(G, m, l, acc, xt, c_skip, c_out, task, to, HOW)
+        finish(G, m, l, acc, xt, c_skip, c_out, task, to, ring, HOW)
 
     if HOW.fixed:
         mbarrier.arrive(ring.done.index(0))
@@ -237,8 +230,7 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
                         c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
                         c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
                         xt = matrix(ring.x.index(G)).load(acc.type.layout)
-                        hw.fence_async_shared()
-                    finish(G, m, l, acc, xt, c_skip, c_out, task, to, HOW)
+                    finish(G, m, l, acc, xt, c_skip, c_out, task, to, ring, HOW)
                     copied += 1
                     tiles += task.tiles
         if HOW.groups > G + 1:  # pass the ring on, once it has come here
@@ -250,11 +242,11 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
 @gluon.jit
 def hopper_attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale, tasks,
                             heads, q_len, kv_len, stamps, HOW: gl.constexpr):  # fmt: skip
-    """q, k, v, x: descriptors of [B, H, N, D]. tasks: of 64·groups queries. stamps: see
-    `stamps.py`, or None. HOW: a TeamVariant."""
+    """q, k, v, x, out, saved_f: descriptors of [B, H, N, D]. tasks: of 64·groups queries.
+    stamps: see `stamps.py`, or None. HOW: a TeamVariant."""
     GROUPS: gl.constexpr = HOW.groups
     source = Source(q, k, v, x, tasks, heads, q_len, kv_len, stamps)
-    ring = new_ring(source, HOW)
+    ring = new_ring(source, out, HOW)
     to = Results(x, None, c_skip, c_out, out, saved_f, lse, heads, q_len)
     work = (source, ring, to, qk_scale)
     if GROUPS == 2:
@@ -279,7 +271,14 @@ def hopper_plan(
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     m, n, block_d = ROWS.value, team.block_n, max(64, triton.next_power_of_2(head_dim))
-    boxes = boxes_of(sources(q, k, v, x), (m, n, n, m), block_d)
+    # out and saved_f, as the heads lie in them.
+    like = [t.dtype for t in (q if x is None else x, q)]
+    results = [torch.empty(batch, q_len, heads, head_dim, dtype=t, device="meta") for t in like]
+    read = sources(q, k, v, x)
+    moved = (*read, *(t.transpose(1, 2) for t in results))
+    boxes = boxes_of(moved, (m, n, n, m, m, m), block_d)
+    if x is None:
+        boxes = (*boxes[:3], None, *boxes[3:])
     if team.fixed and q.dtype == torch.float16:
         raise ValueError("float16 cannot hold weights relative to a maximum that is kept")
     assert team.groups in (2, 3) and team.stages.bit_count() == 1, team
