@@ -448,6 +448,12 @@ def test_its_source_is_right_whoever_goes_first(case, seed):
     assert lse.isfinite().all()
 
 
+def test_tasks_may_share_a_bit_of_those_to_do_again(monkeypatch):
+    monkeypatch.setattr(gluon_on_cpu.hopper, "BITS", 2)
+    case = TURNS, BF16, (1, 2, 400, 384, 64), False, 1, [5, 390]
+    test_its_source_is_right_whoever_goes_first(case, 0)
+
+
 GRADIENTS_ON_A_CPU = [  # (B, H, Nq, Nkv, D), causal
     ((1, 2, 200, 257, 128), False),
     ((1, 1, 300, 300, 64), False),
@@ -545,9 +551,11 @@ def without(missing, module, function, monkeypatch):
     ("module", "function", "missing"),
     [
         ("ring", "produce", "mbarrier.wait(ring.k_free.index(at), turned)"),
+        ("ring", "produce", "mbarrier.wait(ring.k_free.index(at), phase)"),
         ("ring", "produce", "mbarrier.expect(ring.v_full.index(at), BYTES)"),
         ("ring", "store_rows", "hw.fence_async_shared()"),
-        ("hopper", "consume", "mbarrier.wait(ring.x_full.index(0), r & 1)"),
+        ("hopper", "finish", "mbarrier.wait(ring.x_full.index(0), r & 1)"),
+        ("hopper", "consume", "mbarrier.wait(ring.q_full.index(0), r & 1)"),
         ("hopper", "finish", "tma.store_wait(0)"),
     ],
 )

@@ -24,6 +24,7 @@ from rcmlib import core
 from rcmlib.attention.forward import Results, sources
 from rcmlib.attention.registers import (
     as_operand,
+    divide,
     hide,
     in_registers,
     no_sums,
@@ -48,7 +49,7 @@ from rcmlib.attention.ring import (
 )  # fmt: skip
 from rcmlib.core import epilogue, launch
 
-MOST_ROUNDS = 31  # tasks of a program: which it has to do again is noted in the bits of an int
+BITS = gl.constexpr(31)  # of an int: which tasks a program has to do again
 # The one skip, compiled as Gluon.
 skip_epilogue = gluon.jit(epilogue.skip_epilogue.fn)
 load_coefficient = gluon.jit(epilogue.load_coefficient.fn)
@@ -135,10 +136,14 @@ def consume_again(G: gl.constexpr, r, source, ring, copied, tiles, qk_scale,
 
 
 @gluon.jit
-def finish(G: gl.constexpr, m, l, acc, xt, c_skip, c_out, task, to, ring, HOW: gl.constexpr):
-    """The epilogue of a group: f = acc / l, the skip with the tile xt, the stores."""
-    l = gl.convert_layout(gl.sum(l, 1), m.type.layout)
-    f = rescale(acc, 1 / l)
+def finish(G: gl.constexpr, r, f, lse, task, to, ring, HOW: gl.constexpr):
+    """The epilogue of a group: the skip with the r-th task's x, and the stores."""
+    xt, c_skip, c_out = None, None, None
+    if to.x is not None:
+        mbarrier.wait(ring.x_full.index(0), r & 1)
+        c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
+        c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
+        xt = matrix(ring.x.index(G)).load(f.type.layout)
     row = task.row + ROWS * G
     buffer = ring.x.index(G)  # whose x is in registers by now
     if to.saved_f is not None:
@@ -149,10 +154,10 @@ def finish(G: gl.constexpr, m, l, acc, xt, c_skip, c_out, task, to, ring, HOW: g
     if xt is not None:
         f = skip_epilogue(xt.to(gl.float32), f, c_skip, c_out)
     store_rows(f, buffer, to.out, task, row)
-    if to.lse is not None:  # in units of log2, as m
-        n = row + gl.arange(0, ROWS, m.type.layout)
+    if to.lse is not None:
+        n = row + gl.arange(0, ROWS, lse.type.layout)
         own = (task.sample.to(gl.int64) * to.heads + task.head) * to.q_len + n
-        gl.store(to.lse + own, m + gl.log2(l), mask=n < to.q_len)
+        gl.store(to.lse + own, lse, mask=n < to.q_len)
     tma.store_wait(0)
     mbarrier.arrive(ring.x_free.index(0))
 
@@ -163,12 +168,15 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
     source, ring, to, qk_scale = work
     EDGE: gl.constexpr = HOW.ragged or HOW.causal
     rounds = own_rounds(source, HOW)
+    span = gl.cdiv(rounds, BITS)  # so many tasks share a bit
     done = 0
     again = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, in_registers(HOW.block_d)))
+    last = own_task(0, source, HOW)
+    m, l, acc = no_sums(HOW)
+    f, lse = acc, m
     for r in range(rounds):
         task = own_task(r, source, HOW)
         tiles = task.tiles
-        m, l, acc = no_sums(HOW)
         mbarrier.wait(ring.q_full.index(0), r & 1)
         if HOW.turns:
             mbarrier.wait(ring.turn.index(G), done & 1)
@@ -177,6 +185,9 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
         s = begin_scores(G, ring, at, HOW)
         if HOW.turns:
             mbarrier.arrive(ring.turn.index((G + 1) % HOW.groups))
+        if r > 0:  # under the first product of the next
+            finish(G, r - 1, f, lse, last, to, ring, HOW)
+        m, l, acc = no_sums(HOW)
         s = hw.warpgroup_mma_wait(0, [s])
         mbarrier.arrive(ring.k_free.index(at))
         if EDGE:
@@ -184,34 +195,31 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
         w, m, l, _ = weigh(s, m, l, qk_scale, False)
         p = as_operand(w, acc, ring.v.dtype)
 
-        masked, end = done + tiles - task.whole, done + tiles
-        if HOW.fixed or EDGE:
-            for n in range(done + 1, masked):
+        first, end = done + 1, done + tiles
+        if EDGE:
+            masked = end - task.whole
+            for n in range(first, masked):
                 m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, n,
-                                            qk_scale, HOW, EDGE, False)  # fmt: skip
-        if masked < end:
-            # One by itself: p from two loops would be unpacked and packed in each iteration.
-            m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, masked,
-                                        qk_scale, HOW, False, HOW.fixed)  # fmt: skip
-            for n in range(masked + 1, end):
-                m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, n,
+                                            qk_scale, HOW, True, False)  # fmt: skip
+            if masked < end:
+                # One by itself: p of two loops would be unpacked and packed in each iteration.
+                m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, masked,
                                             qk_scale, HOW, False, HOW.fixed)  # fmt: skip
-        mbarrier.arrive(ring.q_free.index(0))
+            first = masked + 1
+        for n in range(first, end):
+            m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, n,
+                                        qk_scale, HOW, False, HOW.fixed)  # fmt: skip
         done = end
         at, phase = place(done - 1, HOW.stages)
         mbarrier.wait(ring.v_full.index(at), phase)
         acc = hw.warpgroup_mma(p, matrix(ring.v.index(at)), acc, is_async=True)
-        xt, c_skip, c_out = None, None, None
-        if to.x is not None:  # while the last product runs
-            c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
-            c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
-            mbarrier.wait(ring.x_full.index(0), r & 1)
-            xt = matrix(ring.x.index(G)).load(in_registers(HOW.block_d))
         acc = hw.warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(ring.v_free.index(at))
         if HOW.fixed:
-            again |= overflowed(acc, l) << r
-        finish(G, m, l, acc, xt, c_skip, c_out, task, to, ring, HOW)
+            again |= overflowed(acc, l) << (r // span)
+        f, lse = divide(m, l, acc)
+        last = task
+    finish(G, rounds - 1, f, lse, last, to, ring, HOW)
 
     if HOW.fixed:
         mbarrier.arrive(ring.done.index(0))
@@ -222,15 +230,11 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
                 mbarrier.wait(ring.next.index(G), 0)
             copied, tiles = 0, 0
             for r in range(rounds):
-                if (again >> r) & 1 != 0:
+                if (again >> (r // span)) & 1 != 0:
                     task, m, l, acc = consume_again(G, r, source, ring, copied, tiles, qk_scale,
                                                     HOW)  # fmt: skip
-                    xt, c_skip, c_out = None, None, None
-                    if to.x is not None:
-                        c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
-                        c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
-                        xt = matrix(ring.x.index(G)).load(acc.type.layout)
-                    finish(G, m, l, acc, xt, c_skip, c_out, task, to, ring, HOW)
+                    f, lse = divide(m, l, acc)
+                    finish(G, rounds - 1, f, lse, task, to, ring, HOW)
                     copied += 1
                     tiles += task.tiles
         if HOW.groups > G + 1:  # pass the ring on, once it has come here
@@ -287,10 +291,7 @@ def hopper_plan(
         ragged=kv_len % n != 0, per_sample=per_sample,
     )  # fmt: skip
     tasks = batch * heads * triton.cdiv(q_len, m * team.groups)
-    each = 2 if is_causal else 1  # tasks a round
-    rounds = triton.cdiv(tasks, each)
-    sms = core.multiprocessors(q.device) or rounds
-    turns = triton.cdiv(rounds, sms * (MOST_ROUNDS // each))  # of programs on an SM
-    programs = min(rounds, sms * turns)
+    rounds = triton.cdiv(tasks, 2 if is_causal else 1)
+    programs = min(rounds, core.multiprocessors(q.device) or rounds)
     return launch.Plan(hopper_attention_kernel, programs, tasks, heads, q_len, kv_len,
                        HOW=how, stamps=None, boxes=boxes)  # fmt: skip

@@ -34,7 +34,6 @@ class Ring(NamedTuple):
     v: SMEM
     x: SMEM  # then the results, on their way out
     q_full: SMEM
-    q_free: SMEM
     x_full: SMEM
     x_free: SMEM
     k_full: SMEM  # a stage: its copy has arrived
@@ -154,7 +153,9 @@ def produce(source, ring, HOW: gl.constexpr):
     done = 0  # tiles of earlier tasks
     for r in range(own_rounds(source, HOW)):
         task = own_task(r, source, HOW)
-        mbarrier.wait(ring.q_free.index(0), (r & 1) ^ 1)  # in the first round for nobody
+        if r > 0:  # whoever has read the last k needs q no more
+            at, phase = place(done - 1, HOW.stages)
+            mbarrier.wait(ring.k_free.index(at), phase)
         mbarrier.expect(ring.q_full.index(0), 2 * GROUPS * ROWS * HOW.block_d)
         for g in gl.static_range(GROUPS):
             copy_rows(source.q, task, task.row + ROWS * g, ring.q_full.index(0),
@@ -211,7 +212,7 @@ def new_ring(source, out, HOW: gl.constexpr):
         gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, N, D], k.layout),
         gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, N, D], v.layout),
         gl.allocate_shared_memory(out.dtype, [GROUPS, 1, 1, ROWS, D], out.layout),
-        barriers(1, 1), barriers(1, GROUPS), barriers(1, 1), barriers(1, GROUPS),
+        barriers(1, 1), barriers(1, 1), barriers(1, GROUPS),
         barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1),
         barriers(STAGES, GROUPS), barriers(GROUPS, 1), barriers(1, GROUPS),
         barriers(2 * GROUPS, 1), barriers(GROUPS, 1),
