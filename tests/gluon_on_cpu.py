@@ -217,9 +217,6 @@ class Shared:
     def permute(self, order):
         return Shared(self.data.transpose(order), self.dtype, use=self.use)
 
-    def _reinterpret(self, dtype, shape, layout):
-        return Shared(self.data.reshape(shape), dtype, use=self.use)
-
     def slice(self, start, length, dim):
         at = [slice(None)] * len(self.shape)
         at[dim] = slice(start, start + length)
@@ -511,8 +508,9 @@ def run(team, q, k, v, x, c_skip, c_out, scale, is_causal, programs=None, seed=0
     tasks = batch * heads * -(-q_len // (m * team.groups))
     rounds = -(-tasks // (2 if is_causal else 1))
     programs = min(rounds, programs or rounds)
-    out, f = (torch.full((batch, heads, q_len, dim), torch.nan) for _ in range(2))
-    described += [Descriptor(t, m, block_d) for t in (out, f)]
+    out, f = (
+        np.full(batch * q_len * heads * dim, np.nan, np.float32) for _ in range(2)
+    )
     lse = np.full(batch * heads * q_len, np.nan, np.float32)
     if how.per_sample:
         c_skip, c_out = (Pointer(c.float().numpy()) for c in (c_skip, c_out))
@@ -523,11 +521,12 @@ def run(team, q, k, v, x, c_skip, c_out, scale, is_causal, programs=None, seed=0
     for program in range(programs):
         machine = Machine(FORWARD, program, programs, seed + program)
         machine.functions["hopper_attention_kernel"](
-            *described, Pointer(lse), c_skip, c_out,
+            *described, Pointer(out), Pointer(f), Pointer(lse), c_skip, c_out,
             float(scale * LOG2_E), *numbers, None, how,
         )  # fmt: skip
-    out, f = (t.transpose(1, 2).flatten(2) for t in (out, f))
-    return out, f, torch.from_numpy(lse.reshape(batch, heads, q_len))
+    tokens = (batch, q_len, heads * dim)
+    found = (out.reshape(tokens), f.reshape(tokens), lse.reshape(batch, heads, q_len))
+    return tuple(map(torch.from_numpy, found))
 
 
 def run_backward(g, q, k, v, lse, delta, c_out, scale, is_causal, seed=0):

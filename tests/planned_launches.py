@@ -78,8 +78,7 @@ def launch_and_compare(self, *tensors):
     planned_launch(self, *tensors)
     assert RAN[-1][2] == DRIVER.stream
     boxed = [
-        None if t is None else checked_descriptor(t, *b)
-        for t, b in zip(tensors, self.boxes, strict=False)
+        checked_descriptor(t, *b) for t, b in zip(tensors, self.boxes, strict=False)
     ]
     tensors = (*boxed, *tensors[len(boxed) :])
     self.kernel[self.grid](*tensors, *self.numbers, **self.constants)

@@ -18,13 +18,12 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper as hw
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from rcmlib import core
 from rcmlib.attention.forward import Results, sources
 from rcmlib.attention.registers import (
     as_operand,
-    divide,
     hide,
     in_registers,
     no_sums,
@@ -44,12 +43,11 @@ from rcmlib.attention.ring import (
     place,
     produce,
     stamp,
-    store_rows,
     tile_of,
 )  # fmt: skip
 from rcmlib.core import epilogue, launch
 
-BITS = gl.constexpr(31)  # of an int: which tasks a program has to do again
+MOST_ROUNDS = 31  # tasks of a program: which it has to do again is noted in the bits of an int
 # The one skip, compiled as Gluon.
 skip_epilogue = gluon.jit(epilogue.skip_epilogue.fn)
 load_coefficient = gluon.jit(epilogue.load_coefficient.fn)
@@ -136,30 +134,30 @@ def consume_again(G: gl.constexpr, r, source, ring, copied, tiles, qk_scale,
 
 
 @gluon.jit
-def finish(G: gl.constexpr, r, f, lse, task, to, ring, HOW: gl.constexpr):
-    """The epilogue of a group: the skip with the r-th task's x, and the stores."""
-    xt, c_skip, c_out = None, None, None
-    if to.x is not None:
-        mbarrier.wait(ring.x_full.index(0), r & 1)
-        c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
-        c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
-        xt = matrix(ring.x.index(G)).load(f.type.layout)
-    row = task.row + ROWS * G
-    buffer = ring.x.index(G)  # whose x is in registers by now
+def finish(G: gl.constexpr, m, l, acc, xt, c_skip, c_out, task, to, HOW: gl.constexpr):
+    """The epilogue of a group: f = acc / l, the skip with the tile xt, the stores."""
+    D: gl.constexpr = HOW.head_dim
+    layout: gl.constexpr = acc.type.layout
+    l = gl.convert_layout(gl.sum(l, 1), m.type.layout)
+    f = rescale(acc, 1 / l)
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    d = gl.arange(0, HOW.block_d, gl.SliceLayout(0, layout))[None, :]
+    first = task.row + ROWS * G
+    inside = (rows < to.q_len - first) & (d < D)
+    # In 64 bits up to the first row; within 64 rows of a result 32 will do.
+    sample, first = task.sample.to(gl.int64), first.to(gl.int64)
+    start = (sample * to.q_len + first) * to.heads * D + task.head * D
+    tile = rows * (to.heads * D) + d
     if to.saved_f is not None:
-        f_layout: gl.constexpr = to.saved_f.layout
-        own = buffer._reinterpret(to.saved_f.dtype, [1, 1, ROWS, HOW.block_d], f_layout)
-        store_rows(f, own, to.saved_f, task, row)
-        tma.store_wait(0)
+        gl.store(to.saved_f + start + tile, f.to(to.saved_f.dtype.element_ty), mask=inside)
     if xt is not None:
         f = skip_epilogue(xt.to(gl.float32), f, c_skip, c_out)
-    store_rows(f, buffer, to.out, task, row)
-    if to.lse is not None:
-        n = row + gl.arange(0, ROWS, lse.type.layout)
-        own = (task.sample.to(gl.int64) * to.heads + task.head) * to.q_len + n
-        gl.store(to.lse + own, lse, mask=n < to.q_len)
-    tma.store_wait(0)
-    mbarrier.arrive(ring.x_free.index(0))
+    gl.store(to.out + start + tile, f.to(to.out.dtype.element_ty), mask=inside)
+    if to.lse is not None:  # in units of log2, as m
+        layout_m: gl.constexpr = m.type.layout
+        n = first + gl.arange(0, ROWS, layout_m)
+        own = (sample * to.heads + task.head) * to.q_len + n
+        gl.store(to.lse + own, m + gl.log2(l), mask=n < to.q_len)
 
 
 @gluon.jit
@@ -168,15 +166,12 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
     source, ring, to, qk_scale = work
     EDGE: gl.constexpr = HOW.ragged or HOW.causal
     rounds = own_rounds(source, HOW)
-    span = gl.cdiv(rounds, BITS)  # so many tasks share a bit
     done = 0
     again = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, in_registers(HOW.block_d)))
-    last = own_task(0, source, HOW)
-    m, l, acc = no_sums(HOW)
-    f, lse = acc, m
     for r in range(rounds):
         task = own_task(r, source, HOW)
         tiles = task.tiles
+        m, l, acc = no_sums(HOW)
         mbarrier.wait(ring.q_full.index(0), r & 1)
         if HOW.turns:
             mbarrier.wait(ring.turn.index(G), done & 1)
@@ -185,9 +180,6 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
         s = begin_scores(G, ring, at, HOW)
         if HOW.turns:
             mbarrier.arrive(ring.turn.index((G + 1) % HOW.groups))
-        if r > 0:  # under the first product of the next
-            finish(G, r - 1, f, lse, last, to, ring, HOW)
-        m, l, acc = no_sums(HOW)
         s = hw.warpgroup_mma_wait(0, [s])
         mbarrier.arrive(ring.k_free.index(at))
         if EDGE:
@@ -195,31 +187,38 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
         w, m, l, _ = weigh(s, m, l, qk_scale, False)
         p = as_operand(w, acc, ring.v.dtype)
 
-        first, end = done + 1, done + tiles
-        if EDGE:
-            masked = end - task.whole
-            for n in range(first, masked):
+        masked, end = done + tiles - task.whole, done + tiles
+        if HOW.fixed or EDGE:
+            for n in range(done + 1, masked):
                 m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, n,
-                                            qk_scale, HOW, True, False)  # fmt: skip
-            if masked < end:
-                # One by itself: p of two loops would be unpacked and packed in each iteration.
-                m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, masked,
-                                            qk_scale, HOW, False, HOW.fixed)  # fmt: skip
-            first = masked + 1
-        for n in range(first, end):
-            m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, n,
+                                            qk_scale, HOW, EDGE, False)  # fmt: skip
+        if masked < end:
+            # One by itself: p from two loops would be unpacked and packed in each iteration.
+            m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, masked,
                                         qk_scale, HOW, False, HOW.fixed)  # fmt: skip
+            for n in range(masked + 1, end):
+                m, l, acc, p = consume_tile(G, source, ring, task, done, m, l, acc, p, n,
+                                            qk_scale, HOW, False, HOW.fixed)  # fmt: skip
+        mbarrier.arrive(ring.q_free.index(0))
         done = end
         at, phase = place(done - 1, HOW.stages)
         mbarrier.wait(ring.v_full.index(at), phase)
         acc = hw.warpgroup_mma(p, matrix(ring.v.index(at)), acc, is_async=True)
+        xt, c_skip, c_out = None, None, None
+        if to.x is not None:  # while the last product runs
+            c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
+            c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
+            mbarrier.wait(ring.x_full.index(0), r & 1)
+            xt = matrix(ring.x.index(G)).load(in_registers(HOW.block_d))
+            # A barrier of threads does not wait for loads that are under way, and the copy
+            # engine does not queue behind them: without the fence it may overwrite x first.
+            hw.fence_async_shared()
+            mbarrier.arrive(ring.x_free.index(0))
         acc = hw.warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(ring.v_free.index(at))
         if HOW.fixed:
-            again |= overflowed(acc, l) << (r // span)
-        f, lse = divide(m, l, acc)
-        last = task
-    finish(G, rounds - 1, f, lse, last, to, ring, HOW)
+            again |= overflowed(acc, l) << r
+        finish(G, m, l, acc, xt, c_skip, c_out, task, to, HOW)
 
     if HOW.fixed:
         mbarrier.arrive(ring.done.index(0))
@@ -230,11 +229,16 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
                 mbarrier.wait(ring.next.index(G), 0)
             copied, tiles = 0, 0
             for r in range(rounds):
-                if (again >> (r // span)) & 1 != 0:
+                if (again >> r) & 1 != 0:
                     task, m, l, acc = consume_again(G, r, source, ring, copied, tiles, qk_scale,
                                                     HOW)  # fmt: skip
-                    f, lse = divide(m, l, acc)
-                    finish(G, rounds - 1, f, lse, task, to, ring, HOW)
+                    xt, c_skip, c_out = None, None, None
+                    if to.x is not None:
+                        c_skip = load_coefficient(to.c_skip, task.sample, HOW.per_sample)
+                        c_out = load_coefficient(to.c_out, task.sample, HOW.per_sample)
+                        xt = matrix(ring.x.index(G)).load(acc.type.layout)
+                        hw.fence_async_shared()
+                    finish(G, m, l, acc, xt, c_skip, c_out, task, to, HOW)
                     copied += 1
                     tiles += task.tiles
         if HOW.groups > G + 1:  # pass the ring on, once it has come here
@@ -246,11 +250,11 @@ def consume(G: gl.constexpr, work, HOW: gl.constexpr):
 @gluon.jit
 def hopper_attention_kernel(q, k, v, x, out, saved_f, lse, c_skip, c_out, qk_scale, tasks,
                             heads, q_len, kv_len, stamps, HOW: gl.constexpr):  # fmt: skip
-    """q, k, v, x, out, saved_f: descriptors of [B, H, N, D]. tasks: of 64·groups queries.
-    stamps: see `stamps.py`, or None. HOW: a TeamVariant."""
+    """q, k, v, x: descriptors of [B, H, N, D]. tasks: of 64·groups queries. stamps: see
+    `stamps.py`, or None. HOW: a TeamVariant."""
     GROUPS: gl.constexpr = HOW.groups
     source = Source(q, k, v, x, tasks, heads, q_len, kv_len, stamps)
-    ring = new_ring(source, out, HOW)
+    ring = new_ring(source, HOW)
     to = Results(x, None, c_skip, c_out, out, saved_f, lse, heads, q_len)
     work = (source, ring, to, qk_scale)
     if GROUPS == 2:
@@ -275,14 +279,7 @@ def hopper_plan(
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     m, n, block_d = ROWS.value, team.block_n, max(64, triton.next_power_of_2(head_dim))
-    # out and saved_f, as the heads lie in them.
-    like = [t.dtype for t in (q if x is None else x, q)]
-    results = [torch.empty(batch, q_len, heads, head_dim, dtype=t, device="meta") for t in like]
-    read = sources(q, k, v, x)
-    moved = (*read, *(t.transpose(1, 2) for t in results))
-    boxes = boxes_of(moved, (m, n, n, m, m, m), block_d)
-    if x is None:
-        boxes = (*boxes[:3], None, *boxes[3:])
+    boxes = boxes_of(sources(q, k, v, x), (m, n, n, m), block_d)
     if team.fixed and q.dtype == torch.float16:
         raise ValueError("float16 cannot hold weights relative to a maximum that is kept")
     assert team.groups in (2, 3) and team.stages.bit_count() == 1, team
@@ -291,7 +288,10 @@ def hopper_plan(
         ragged=kv_len % n != 0, per_sample=per_sample,
     )  # fmt: skip
     tasks = batch * heads * triton.cdiv(q_len, m * team.groups)
-    rounds = triton.cdiv(tasks, 2 if is_causal else 1)
-    programs = min(rounds, core.multiprocessors(q.device) or rounds)
+    each = 2 if is_causal else 1  # tasks a round
+    rounds = triton.cdiv(tasks, each)
+    sms = core.multiprocessors(q.device) or rounds
+    turns = triton.cdiv(rounds, sms * (MOST_ROUNDS // each))  # of programs on an SM
+    programs = min(rounds, sms * turns)
     return launch.Plan(hopper_attention_kernel, programs, tasks, heads, q_len, kv_len,
                        HOW=how, stamps=None, boxes=boxes)  # fmt: skip

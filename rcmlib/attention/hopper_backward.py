@@ -29,7 +29,7 @@ from rcmlib.attention.dq_sum import SCRATCH, add_to_dq, scale_kernel
 from rcmlib.attention.forward import sources
 from rcmlib.attention.hopper import load_coefficient
 from rcmlib.attention.registers import as_operand, in_registers
-from rcmlib.attention.ring import ROWS, boxes_of, matrix, place, store_rows
+from rcmlib.attention.ring import ROWS, boxes_of, matrix, place
 from rcmlib.attention.tiles import LOG2_E
 from rcmlib.core import launch
 
@@ -140,9 +140,13 @@ def gather(G: gl.constexpr, ring, dq_sum, task, qk_scale, HOW: gl.constexpr):
 
 @gluon.jit
 def store_keys(G: gl.constexpr, to, tile, factor, task, buffer):
-    """factor·tile, or zeros for a factor of 0, as in `backward.store_rows`."""
+    """factor·tile, or zeros for a factor of 0, as in `backward.store_rows`: into a buffer, from
+    where the copy engine fetches it."""
     tile = gl.where(factor == 0.0, 0.0, tile * factor)
-    store_rows(tile, buffer, to, task, task.row + ROWS * G)
+    matrix(buffer).store(tile.to(buffer.dtype))
+    hw.fence_async_shared()
+    here = [task.sample, task.head, task.row + ROWS * G, 0]
+    tma.async_copy_shared_to_global(to, here, buffer)
 
 
 @gluon.jit

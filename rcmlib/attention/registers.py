@@ -65,15 +65,8 @@ def no_sums(HOW: gl.constexpr):
 
 
 @gluon.jit
-def divide(m, l, acc):
-    """(f = acc / l, the log-sum-exp [64] in units of log2, as m)."""
-    l = gl.convert_layout(gl.sum(l, 1), m.type.layout)
-    return rescale(acc, 1 / l), m + gl.log2(l)
-
-
-@gluon.jit
 def overflowed(acc, l):
     """A row: 1 where a weight made a sum too large for float32, or not a number; or 0."""
-    sums = gl.sum(gl.abs(acc), 1)
-    total = gl.convert_layout(gl.sum(l, 1), sums.type.layout)
-    return 1 - ((sums < LIMIT) & (total < LIMIT)).to(gl.int32)
+    fine = gl.min((gl.abs(acc) < LIMIT).to(gl.int32), 1)
+    sums = gl.convert_layout((gl.sum(l, 1) < LIMIT).to(gl.int32), fine.type.layout)
+    return 1 - gl.minimum(fine, sums)

@@ -29,11 +29,12 @@ stamp = gluon.jit(stamps.stamp.fn)
 class Ring(NamedTuple):
     """A program's shared memory, and the mbarriers that say who may touch it."""
 
-    q: SMEM  # [groups, 1, 1, 64, block_d]; so x
+    q: SMEM  # [groups, 1, 1, 64, block_d]; so x, where there is one
     k: SMEM  # [stages, 1, 1, block_n, block_d]; so v
     v: SMEM
-    x: SMEM  # then the results, on their way out
+    x: SMEM
     q_full: SMEM
+    q_free: SMEM
     x_full: SMEM
     x_free: SMEM
     k_full: SMEM  # a stage: its copy has arrived
@@ -153,9 +154,7 @@ def produce(source, ring, HOW: gl.constexpr):
     done = 0  # tiles of earlier tasks
     for r in range(own_rounds(source, HOW)):
         task = own_task(r, source, HOW)
-        if r > 0:  # whoever has read the last k needs q no more
-            at, phase = place(done - 1, HOW.stages)
-            mbarrier.wait(ring.k_free.index(at), phase)
+        mbarrier.wait(ring.q_free.index(0), (r & 1) ^ 1)  # in the first round for nobody
         mbarrier.expect(ring.q_full.index(0), 2 * GROUPS * ROWS * HOW.block_d)
         for g in gl.static_range(GROUPS):
             copy_rows(source.q, task, task.row + ROWS * g, ring.q_full.index(0),
@@ -185,34 +184,29 @@ def produce(source, ring, HOW: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(tile, buffer, to, task, row):
-    """Into a buffer, from where the copy engine fetches it: whole sectors, and nothing beyond
-    the last row. `tma.store_wait` says when the buffer is free again."""
-    matrix(buffer).store(tile.to(buffer.dtype))
-    hw.fence_async_shared()
-    tma.async_copy_shared_to_global(to, [task.sample, task.head, row, 0], buffer)
-
-
-@gluon.jit
 def matrix(tile):
     """A buffer [1, 1, rows, block_d] as [rows, block_d]."""
     return tile.reshape([tile.shape[2], tile.shape[3]])
 
 
 @gluon.jit
-def new_ring(source, out, HOW: gl.constexpr):
-    """Of a program. out: the descriptor of what x is as wide as."""
+def new_ring(source, HOW: gl.constexpr):
+    """Of a program."""
     GROUPS: gl.constexpr = HOW.groups
     STAGES: gl.constexpr = HOW.stages
     D: gl.constexpr = HOW.block_d
     N: gl.constexpr = HOW.block_n
     q, k, v = source.q, source.k, source.v
+    own_q = gl.allocate_shared_memory(q.dtype, [GROUPS, 1, 1, ROWS, D], q.layout)
+    own_x = own_q  # without x nobody touches it
+    if source.x is not None:
+        x = source.x
+        own_x = gl.allocate_shared_memory(x.dtype, [GROUPS, 1, 1, ROWS, D], x.layout)
     ring = Ring(
-        gl.allocate_shared_memory(q.dtype, [GROUPS, 1, 1, ROWS, D], q.layout),
+        own_q,
         gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, N, D], k.layout),
-        gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, N, D], v.layout),
-        gl.allocate_shared_memory(out.dtype, [GROUPS, 1, 1, ROWS, D], out.layout),
-        barriers(1, 1), barriers(1, 1), barriers(1, GROUPS),
+        gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, N, D], v.layout), own_x,
+        barriers(1, 1), barriers(1, GROUPS), barriers(1, 1), barriers(1, GROUPS),
         barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1),
         barriers(STAGES, GROUPS), barriers(GROUPS, 1), barriers(1, GROUPS),
         barriers(2 * GROUPS, 1), barriers(GROUPS, 1),

@@ -63,13 +63,6 @@ def choose_tile(
 RATES = {64: ((541, 528, 613), (486, 489, 469)), 128: ((650, 768, 0), (570, 706, 0))}
 
 
-def hopper_reads(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Have Hopper's kernels such heads? The copy engine has to address the results, too, whose
-    heads lie side by side: D in multiples of 8."""
-    small = head_dim <= 128 and head_dim % 8 == 0
-    return small and capability[0] == 9 and dtype != torch.float32
-
-
 def choose_team(
     shape: tuple[int, int, int, int], dtype: torch.dtype, capability: tuple[int, int],
     is_causal: bool, sms: int | None,
@@ -82,7 +75,7 @@ def choose_team(
     then only the rates count.
     """
     heads, q_len, kv_len, head_dim = shape
-    if not hopper_reads(head_dim, dtype, capability):
+    if capability[0] != 9 or dtype == torch.float32 or head_dim > 128:
         return None
 
     def blocks(rows):
@@ -115,11 +108,12 @@ def hopper_gradients(
     """Does Hopper's own kernel compute the gradients?
 
     Where each of so many SMs gets 128 keys, and lengths are such that a head's dq, padded to
-    128 queries and 64 or 128 channels, is not much larger than it would be.
+    128 queries and 64 or 128 channels, is not much larger than it would be. The copy engine
+    has to be able to address dk and dv, too: D in multiples of 8.
     shape, sms: as for `choose_team`; with None it computes whatever it can.
     """
     heads, q_len, kv_len, head_dim = shape
-    if not hopper_reads(head_dim, dtype, capability):
+    if capability[0] != 9 or dtype == torch.float32 or head_dim > 128 or head_dim % 8 != 0:
         return False
     enough = heads * triton.cdiv(kv_len, 128) >= (sms or 0)
     return sms is None or (enough and min(q_len, kv_len) >= LONG)

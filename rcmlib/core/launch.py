@@ -149,8 +149,7 @@ class Plan:
     """kernel[grid](*tensors, *numbers, **constants), for any tensors of the same layouts.
 
     numbers: integers and tuples of them. boxes: of the first tensors, which go in as
-    descriptors, unless they are None. The constant HOW, where there is one, says how many warps
-    and stages.
+    descriptors. The constant HOW, where there is one, says how many warps and stages.
 
     The first launch is Triton's own, which compiles the kernel or finds it. It returns what
     ran, and later launches run that: launch hooks work as ever, pre-run hooks and changes of
@@ -175,9 +174,7 @@ class Plan:
         """On the current stream and device. tensors: the kernel's first arguments: tensors,
         None, and floats, on whose values Triton never specialises."""
         if self.boxes:
-            describe = _descriptor_class(len(self.boxes[0]) > 3)
-            pairs = zip(tensors, self.boxes)  # noqa: B905, tensors are more
-            described = (None if t is None else describe(t, box) for t, box in pairs)
+            described = map(_descriptor_class(len(self.boxes[0]) > 3), tensors, self.boxes)
             tensors = (*described, *tensors[len(self.boxes) :])
         if self.run is None:
             try:
