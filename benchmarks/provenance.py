@@ -53,6 +53,7 @@ def provenance() -> dict:
         "device": device,
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "memory_mib": _number(memory),
+        "l2_mib": torch.cuda.get_device_properties().L2_cache_size / 2**20,
         "power_limit_w": _number(power, float),
         "max_sm_clock_mhz": _number(sm_clock),
         "max_memory_clock_mhz": _number(mem_clock),

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the clone
 
 
 class StoredRecords(Records):
-    """`Records`, with machine, errors, ceilings (`ceilings`) and counted bytes (`traffic`)."""
+    """`Records`, with machine, errors, rates, ceilings (`ceilings`) and bytes (`traffic`)."""
 
     def machine(self, name: str = "attention") -> str:
         """Where a record was taken, in one line."""
@@ -20,6 +20,11 @@ class StoredRecords(Records):
     def error(self, name: str, case_name: str, label: str, measure: str) -> float:
         """An implementation's distance from float64: cosine, relative_l1 or relative_l2."""
         return self.case(name, case_name)["errors"][label][measure]
+
+    def tflop_s(self, name: str, case_name: str, label: str) -> float:
+        """The rate of attention's products: 4·B·H·N²·D FLOP over the median time."""
+        case = self.case(name, case_name)
+        return case["flop"] / case["results"][label]["median_ms"] / 1e9
 
     def copy_gb_s(self) -> float:
         """The measured ceiling of HBM bandwidth: a large device copy, read plus written."""

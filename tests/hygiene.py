@@ -374,7 +374,7 @@ def check_chapter_structure(notebook, name, next_name):
             complaints.append(f"no Takeaway in section {title!r}")
     complaints += [
         f"no section {needed!r}"
-        for needed in ("summary", "further reading")
+        for needed in ("exercises", "summary", "further reading")
         if needed not in titles
     ]
     if "further reading" in titles:

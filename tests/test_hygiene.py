@@ -217,6 +217,7 @@ def test_a_complete_chapter_passes():
         "You need",
         "minutes",
         "Takeaway",
+        "## Exercises",
         "## Summary",
         "## Further reading",
         "{cite:t}",
