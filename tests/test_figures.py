@@ -17,6 +17,17 @@ def test_the_landing_picture_was_drawn_from_the_stored_record():
     assert drawn_from == fingerprint(), "run python -m notebooks.figures"
 
 
+def test_the_landing_picture_shows_the_strongest_two_passes_and_heads_of_128_first():
+    figure = epilogue.headline()
+    below = figure.subfigs[1].axes[0]
+    shown = [text.get_text() for text in below.get_legend().get_texts()]
+    assert "FlashAttention-4, compiled skip" in shown and shown[-1] == "bf16, fused"
+    assert "heads of 128" in below.get_xticklabels()[0].get_text()
+    fused = below.containers[-1].patches
+    assert fused[0].get_height() == records.tflop_s("attention", "D128_N2048", "fused")
+    plt.close(figure)
+
+
 @pytest.mark.parametrize(
     "draw",
     [

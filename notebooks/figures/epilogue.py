@@ -11,8 +11,18 @@ ATTENTION_OF = {  # each implementation: its attention without the skip
     "flash_compiled": "flash",
     "cudnn_eager": "cudnn",
     "cudnn_compiled": "cudnn",
+    "fa4_compiled": "fa4",
     "triton_skip": "triton",
     "fused": "triton",
+}
+
+# The landing page: shapes, those of rCM and Wan (D = 128) first, and who is timed there.
+HEADLINE = ("D128_N2048", "D128_N8192", "D128_N32768", "seed", "N8192")
+RIVALS = ("cudnn_compiled", "fa4_compiled", "triton_skip", "fused")
+
+LENGTHS = {  # by head dimension, shapes of growing length
+    64: ("N1024", "seed", "N4096", "N8192"),
+    128: ("D128_N2048", "D128_N8192", "D128_N32768"),
 }
 
 
@@ -32,11 +42,11 @@ def seed_times():
 
 def headline():
     """The idea above, the result below: the picture of the landing page and the README."""
-    fig, placeholder = new_figure(7.6, 6.4)
+    fig, placeholder = new_figure(7.6, 6.6)
     placeholder.remove()
-    above, below = fig.subfigures(2, 1)
+    above, below = fig.subfigures(2, 1, height_ratios=(0.85, 1))
     _draw_dataflow(*above.subplots(1, 2))
-    _draw_seed_times(below.subplots())
+    _draw_rates(below.subplots())
     return fig
 
 
@@ -93,6 +103,26 @@ def _draw_seed_times(ax):
     ax.grid(axis="y", visible=False)
 
 
+def _draw_rates(ax):
+    """What stands first in the README: the strongest two passes beside ours, in TFLOP/s."""
+    cases = [records.case("attention", name) for name in HEADLINE]
+    device = records.record("attention")["provenance"]["device"]
+    for i, label in enumerate(RIVALS):
+        row, shift = IMPLEMENTATIONS[label], 0.21 * (i - (len(RIVALS) - 1) / 2)
+        rates = [records.tflop_s("attention", name, label) for name in HEADLINE]
+        places = [group + shift for group in range(len(cases))]
+        bars = ax.bar(places, rates, width=0.19, color=row.colour, label=row.title)
+        weight = "bold" if label == "fused" else "normal"
+        ax.bar_label(bars, fmt="%.0f", fontsize=8, padding=1, fontweight=weight)
+    shapes = ["{B}, {H}, {N}\nheads of {D}".format(**case) for case in cases]
+    ax.set_xticks(range(len(cases)), shapes)
+    ax.set_xlabel("B, heads, tokens")
+    ax.set(ylabel="TFLOP/s, skip included", ylim=(0, 1000))
+    ax.set_title(f"Attention with the skip, higher is faster; bf16, {device}")
+    ax.grid(axis="x", visible=False)
+    ax.legend(fontsize=8.5, ncols=2, loc="upper center")
+
+
 def one_over_n(law, asymptote):
     """Measured gain of fusing over N with two predictions, functions of N in percent."""
     fig, ax = new_figure(7.0, 3.6)
@@ -119,27 +149,24 @@ def one_over_n(law, asymptote):
 
 
 def against_cudnn():
-    """cuDNN + compiled skip over fused, per shape: above 1 the fused kernel is faster."""
-    fig, ax = new_figure(7.0, 3.4)
-    for dim, colour in ((64, "fused"), (128, "triton")):
-        cases = [c for c in records.record("attention")["cases"] if c["D"] == dim]
-        tokens = [c["N"] for c in cases]
-        ratios = [
-            records.estimate("attention", c["name"], "cudnn_compiled", "fused")
-            for c in cases
-        ]
-        points(ax, tokens, ratios, color=PALETTE[colour], fmt="o-")
-        ax.annotate(f"D = {dim}", (tokens[0], ratios[0].value), xytext=(-6, -18),
-                    textcoords="offset points", color=PALETTE[colour])  # fmt: skip
-    ax.axhline(1, color="#444444", linewidth=1)
-    ax.text(27000, 1.006, "above: fused is faster", fontsize=9, va="bottom", ha="right")
-    ax.set_xscale("log", base=2)
-    ticks = [1024, 2048, 4096, 8192, 16384, 32768]
-    ax.set(
-        xticks=ticks, xticklabels=map(str, ticks), ylim=(0.9, 1.2), xlim=(850, 50000)
-    )
-    ax.set_xlabel("sequence length N")
-    ax.set_ylabel("speed relative to cuDNN SDPA\n+ compiled skip")
+    """Two passes over fused, per shape: those of the strongest peers, and our own."""
+    fig, axes = new_figure(7.4, 3.7, ncols=2, sharey=True)
+    for ax, (dim, names) in zip(axes, LENGTHS.items(), strict=True):
+        tokens = [records.case("attention", name)["N"] for name in names]
+        for label in RIVALS[:-1]:
+            row = IMPLEMENTATIONS[label]
+            pairs = [("attention", name, label, "fused") for name in names]
+            ratios = [records.estimate(*pair) for pair in pairs]
+            points(ax, tokens, ratios, color=row.colour, fmt="o-", label=row.title)
+        ax.axhline(1, color="#444444", linewidth=1)
+        ax.set_xscale("log", base=2)
+        ax.set(xticks=tokens, xticklabels=map(str, tokens), title=f"heads of {dim}")
+        ax.margins(x=0.12)
+        ax.set_xlabel("sequence length N")
+    axes[0].set_ylabel("how much faster fused is")
+    axes[0].set_ylim(0.95, 1.6)
+    axes[0].text(8192, 0.965, "below 1: fused is slower", fontsize=9, ha="right")
+    axes[1].legend(fontsize=8.5, loc="upper right")
     return fig
 
 

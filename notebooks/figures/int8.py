@@ -141,7 +141,7 @@ def copy_share(tokens, shares, points):
     ax.set_ylabel("copies / attention (%)")
     ax.set_xticks(tokens, [f"{n // 1024}k" for n in tokens])
     ax.set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
-    ax.set(xlim=(tokens[0] / 1.2, tokens[-1] * 1.2), ylim=(0.9, 110))
+    ax.set(xlim=(tokens[0] / 1.2, tokens[-1] * 1.2), ylim=(0.7, 110))
     ax.minorticks_off()
     ax.legend(loc="upper right")
     return fig

@@ -29,6 +29,16 @@ SHORT = {  # where there is no room for a title
 }
 
 
+def card(name: str) -> str:
+    """The GPU of a record, in short: "H200"."""
+    return records.record(name)["provenance"]["device"].split()[1]
+
+
+def named(case: dict, label: str) -> str:
+    """label; for "strongest", the fastest two passes of this case."""
+    return fastest(case, TWO_PASS) if label == "strongest" else label
+
+
 def look(label: str) -> dict:
     """How matplotlib draws an implementation, everywhere in this chapter."""
     row = IMPLEMENTATIONS[label]
@@ -110,28 +120,27 @@ def samples_in_turn(name: str, case_name: str, labels: tuple[str, ...]):
     ax.set(
         xlabel="sample, ten a round", ylabel="GPU time (µs)", xlim=(0, len(times) + 1)
     )
-    ax.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    ax.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return fig
 
 
 def speeds_by_length(name: str):
-    """Speed relative to cuDNN + compiled skip over N, both axes logarithmic."""
+    """Speed relative to the strongest two passes over N, both axes logarithmic."""
     fig, ax = new_figure(7.4, 4.2)
     cases = records.record(name)["cases"]
     for label in MARKERS:
         found = [c for c in cases if label in c["results"]]
-        if label == "cudnn_compiled" or not found:
+        if not found:
             continue
-        speeds = [speed(c, label, ("cudnn_compiled",)) for c in found]
+        speeds = [speed(c, label) for c in found]
         points(ax, [c["N"] for c in found], speeds, ms=5, fmt="-", **look(label))
-    peer = IMPLEMENTATIONS["cudnn_compiled"]
-    ax.axhline(1, color=peer.colour, lw=2, label=peer.title)
+    ax.axhline(1, color="#444444", lw=1)
     log_tokens(ax, [c["N"] for c in cases])
     ax.set_yscale("log")
     ticks = (0.05, 0.1, 0.2, 0.5, 1, 1.5)
     ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
-    ax.set_ylabel("speed relative to\ncuDNN SDPA + compiled skip")
+    ax.set_ylabel("speed relative to the\nstrongest two passes")
     ax.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
@@ -139,15 +148,18 @@ def speeds_by_length(name: str):
 def where_the_speed_is_from(steps: dict[str, tuple[str, str]]):
     """From the N×N baseline to the fused kernel: each step's factor, on a log scale.
 
-    steps: {what: (slow, fast)}, implementations of the record `seed`.
+    steps: {what: (slow, fast)}, implementations of the record `seed`, or "strongest".
     """
     cases = records.record("seed")["cases"]
     fig, ax = new_figure(7.6, 0.55 * len(cases) + 1.3)
+    shown = [named(cases[-1], fast) for _, fast in steps.values()]
+    colours = [IMPLEMENTATIONS[label].colour for label in shown]
     for row, case in enumerate(cases):
         start = 0.0
-        for slow, fast in steps.values():
-            factor = strongest(case, (slow,)) / strongest(case, (fast,))
-            width, colour = math.log2(factor), IMPLEMENTATIONS[fast].colour
+        for step, colour in zip(steps.values(), colours, strict=True):
+            slow, fast = (strongest(case, (named(case, label),)) for label in step)
+            factor = slow / fast
+            width = math.log2(factor)
             ax.barh(row, width, left=start, height=0.62, color=colour, ec="white")
             if width > 0.25:
                 ax.text(start + width / 2, row, f"{factor:.2f}×", ha="center", va="center",
@@ -160,7 +172,6 @@ def where_the_speed_is_from(steps: dict[str, tuple[str, str]]):
     ax.set_xticks(powers, [f"{2**p}×" for p in powers])
     ax.set_xlabel("speed relative to the N×N baseline (logarithmic)")
     ax.grid(axis="y", visible=False)
-    colours = [IMPLEMENTATIONS[fast].colour for _, fast in steps.values()]
     handles = [Rectangle((0, 0), 1, 1, fc=colour) for colour in colours]
     ax.legend(handles, steps, fontsize=8.5, ncols=2, loc="lower center",
               bbox_to_anchor=(0.45, 1.0))  # fmt: skip
@@ -168,7 +179,7 @@ def where_the_speed_is_from(steps: dict[str, tuple[str, str]]):
 
 
 def scaling():
-    """Time over N² and peak memory against N, one sequence of 12 heads."""
+    """Time over N² and peak memory against N, one sequence of 12 heads (record `scaling`)."""
     fig, (left, right) = new_figure(7.8, 3.9, ncols=2)
     cases = records.record("scaling")["cases"]
     memory = records.record("scaling")["provenance"]["memory_mib"] * 2**20
@@ -195,6 +206,7 @@ def scaling():
         log_tokens(ax, [c["N"] for c in cases])
         ax.set_yscale("log")
         ax.tick_params(axis="x", labelsize=7.5)
+        ax.set_title(card("scaling"), fontsize=9.5)
     left.set_ylabel("time a score (ps): time / (heads · N²)")
     sizes = {1e6: "1 MB", 1e8: "100 MB", 1e10: "10 GB"}
     right.set_yticks(list(sizes), list(sizes.values()))
@@ -220,14 +232,14 @@ def batches_and_heads():
     left.set_xticks([c["B"] for c in cases], [str(c["B"]) for c in cases])
     left.minorticks_off()
     left.set(xlabel="batch size B (N = {N}, {H} heads of {D})".format(**cases[0]),
-             ylabel="time a sample (µs)", ylim=(0, None))  # fmt: skip
+             ylabel="time a sample (µs)", ylim=(0, None), title=card("batch"))  # fmt: skip
     cases = records.record("dims")["cases"]
     for label in timed(labels, cases):
         rates = [_tflop_s(c, label) for c in cases]
         right.plot([c["D"] for c in cases], rates, ms=5, **look(label))
     right.set_xticks([c["D"] for c in cases])
     right.set(xlabel="head size D (N = {N}, B = {B})".format(**cases[0]),
-              ylabel="TFLOP/s, skip included", ylim=(0, None))  # fmt: skip
+              ylabel="TFLOP/s, skip included", ylim=(0, None), title=card("dims"))  # fmt: skip
     right.legend(fontsize=8, loc="lower right")
     return fig
 
@@ -247,7 +259,7 @@ def speed_rows(rows: dict[str, dict], labels: tuple[str, ...]):
         ax.plot([], [], ls="", **look(label))
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel("speed relative to the strongest two-pass pipeline (flash or cuDNN)")
+    ax.set_xlabel("speed relative to the strongest two passes of the same run")
     ax.grid(axis="y", visible=False)
     ax.legend(fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
     return fig
@@ -273,21 +285,22 @@ def roofline(panels: dict[str, dict], bandwidth: float, roofs: dict[str, float])
     last being what the exponentials allow. bandwidth in bytes/s; roofs: {name: TFLOP/s}.
     """
     fig, axes = new_figure(7.8, 4.2, ncols=len(panels), sharey=True)
-    intensity = np.geomspace(5, 2e5, 200)
+    most = 5e4  # FLOP a byte
+    intensity = np.geomspace(5, most, 200)
     for ax, (title, panel) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         top = max(roofs.values())
         ax.plot(intensity, np.minimum(intensity * bandwidth / 1e12, top),
                 color=PALETTE["reference"], lw=1.4)  # fmt: skip
         for name, roof in roofs.items():
             start = roof * 1e12 / bandwidth
-            ax.plot([start, 2e5], [roof, roof], color=PALETTE["reference"], lw=1.4)
-            ax.text(1.9e5, roof * 1.04, name, ha="right", va="bottom", fontsize=8)
+            ax.plot([start, most], [roof, roof], color=PALETTE["reference"], lw=1.4)
+            ax.text(0.95 * most, roof * 1.04, name, ha="right", va="bottom", fontsize=8)
         ax.axhline(panel["exp2"], color=PALETTE["f"], ls="--", lw=1.4)
         ax.text(5.5, panel["exp2"] * 1.04, "exp2", color=PALETTE["f"], va="bottom",
                 fontsize=8.5)  # fmt: skip
         for label, places in panel["points"].items():
             ax.plot(*zip(*places, strict=True), lw=1, ms=4.5, **look(label))
-        ax.set(xscale="log", yscale="log", xlim=(5, 2e5), ylim=(3, top * 1.7))
+        ax.set(xscale="log", yscale="log", xlim=(5, most), ylim=(20, top * 1.7))
         ax.set(title=title, xlabel="FLOP / byte of HBM (by the ledger)")
     axes = np.atleast_1d(axes)
     axes[0].set_ylabel("TFLOP/s (products only)")
@@ -345,7 +358,9 @@ def who_wins(series: dict[str, list[dict]]):
     return fig
 
 
-def my_gpu(path: Path | str, labels: tuple[str, ...] = ("flash_compiled", *OURS)):
+def my_gpu(
+    path: Path | str, labels: tuple[str, ...] = ("flash_compiled", "fa4_compiled", *OURS)
+):  # fmt: skip
     """The reader's record of a suite over length beside the stored one of the same name.
 
     path: what `benchmarks suites --out` wrote. Without that file, the stored record of
@@ -356,11 +371,13 @@ def my_gpu(path: Path | str, labels: tuple[str, ...] = ("flash_compiled", *OURS)
     known = mine is not None and mine["name"] in records.names()
     stored = records.record(mine["name"] if known else "seed")
     shown = [stored, mine] if mine else [stored]
-    fig, axes = new_figure(3.9 * len(shown) + 1.2, 3.6, ncols=len(shown), sharey=True)
+    fig, axes = new_figure(3.9 * len(shown) + 2.9, 3.6, ncols=len(shown), sharey=True)
     for ax, record in zip(np.atleast_1d(axes), shown, strict=True):
         for label in labels:
             cases = [c for c in record["cases"]
                      if label in c["results"] and "cudnn_compiled" in c["results"]]  # fmt: skip
+            if not cases:  # FlashAttention-4 may not be installed
+                continue
             base = [strongest(c, ("cudnn_compiled",)) for c in cases]
             speeds = [
                 b / strongest(c, (label,)) for b, c in zip(base, cases, strict=True)
@@ -372,7 +389,7 @@ def my_gpu(path: Path | str, labels: tuple[str, ...] = ("flash_compiled", *OURS)
         ax.set_title(f"{owner}: {record['provenance']['device']}", fontsize=9.5)
     axes = np.atleast_1d(axes)
     axes[0].set_ylabel("speed relative to\ncuDNN SDPA + compiled skip")
-    axes[0].legend(fontsize=8.5)
+    axes[-1].legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
 

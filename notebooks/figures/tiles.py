@@ -2,7 +2,7 @@
 
 from matplotlib.patches import Rectangle
 
-from notebooks.figures.style import PALETTE, arrow, new_figure
+from notebooks.figures.style import COLOUR, PALETTE, arrow, new_figure
 
 P = PALETTE
 
@@ -159,7 +159,8 @@ def attention_rates(cases, rates, ceiling):
     looks = {
         "flash": (P["baseline"], "o", "flash SDPA"),
         "cudnn": (P["cudnn"], "s", "cuDNN SDPA"),
-        "triton": (P["triton"], "D", "rcmlib (Triton)"),
+        "fa4": (COLOUR["fa4"], "^", "FlashAttention-4"),
+        "triton": (P["triton"], "D", "rcmlib"),
     }
     rows = [len(cases) - 1 - i for i in range(len(cases))]
     for i, row in enumerate(rows):
@@ -173,5 +174,5 @@ def attention_rates(cases, rates, ceiling):
     ax.set_yticks(rows, cases)
     ax.set(xlim=(0, ceiling * 1.06), ylim=(-0.7, len(cases) - 0.4))
     ax.set_xlabel("TFLOP/s (4·B·H·N²·D / time)")
-    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return fig
