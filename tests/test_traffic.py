@@ -227,34 +227,35 @@ def test_the_command_keeps_clocks_and_profiles_only_the_marked_calls():
 # ---- the stored record ----
 
 
-# At the record's commit one program of 133 began when the others had ended, at the large shape,
-# and read k and v of 30 heads again (chapter 13): counted, and no part of the goals.
-LATE_HEADS = 30  # of 64
-AGAIN = LATE_HEADS * 2 * math.prod(LARGE[2:]) * 2 / 1e6  # MB of k and v
+# At the record's commit one of 133 programs began when the others had ended, at the large
+# shape, and read k and v of 30 of 64 heads again (chapter 13). So the record misses the goals.
+# A record that meets them fails here, and these lines go.
+AGAIN = 30 * 2 * math.prod(LARGE[2:]) * 2  # bytes of k and v
+missed = pytest.mark.xfail(strict=True, reason="a late program reads k and v again")
 
 
 def test_our_bf16_kernels_read_k_and_v_of_the_late_heads_twice_and_nothing_else():
-    """Where the record no longer shows it, LATE_HEADS is 0."""
     case = records.case("traffic", "C2048")
     for label in ("fused", "triton"):
         inputs = ledger.hbm(ledger.pipeline(label, *LARGE)).read
         read = case["traffic"][label]["none"]["read_bytes"]
-        assert read == pytest.approx(inputs + 1e6 * AGAIN, rel=0.02), label
+        assert read == pytest.approx(inputs + AGAIN, rel=0.02), label
 
 
+@missed
 def test_the_fused_pass_at_the_large_shape_moves_less_than_half_of_flash_and_an_eager_skip():
-    fused, peer = (records.traffic_mb("C2048", n) for n in ("fused", "flash_eager"))
-    assert fused - AGAIN <= 0.50 * peer
+    assert records.traffic_share("C2048", "fused", "flash_eager") <= 0.50
 
 
+@missed
 def test_the_fused_pass_at_the_large_shape_moves_at_most_7_percent_more_than_5_tensors():
     five_tensors = ledger.total(ledger.pipeline("fused", *LARGE)) / 1e6
-    assert records.traffic_mb("C2048", "fused") - AGAIN <= 1.07 * five_tensors
+    assert records.traffic_mb("C2048", "fused") <= 1.07 * five_tensors
 
 
+@missed
 def test_the_fused_pass_at_the_large_shape_moves_30_percent_less_than_a_compiled_skip():
-    fused, peer = (records.traffic_mb("C2048", n) for n in ("fused", "flash_compiled"))
-    assert fused - AGAIN <= 0.70 * peer
+    assert records.traffic_share("C2048", "fused", "flash_compiled") <= 0.70
 
 
 def test_the_counters_agree_with_the_bytes_of_one_simple_kernel():
